@@ -1,0 +1,94 @@
+"""A cancel ends a request in every phase, and nothing that was cut looks like success or is sent again."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from peers import Attempt
+from phases import PHASES, Bench
+
+from tokenscope._core.current import fail_after, use_token
+from tokenscope._core.errors import Cancelled, DeadlineExceeded
+from tokenscope._core.token import CancellationToken
+
+MATRIX = [
+    pytest.param(name, transport, timeout, id=f"{name}-{transport}-{timeout}")
+    for name, (_phase, transports) in PHASES.items()
+    for transport in transports
+    for timeout in (None, 30)
+]
+DEADLINE_MATRIX = [
+    pytest.param(name, transport, id=f"{name}-{transport}")
+    for name, (_phase, transports) in PHASES.items()
+    for transport in transports
+    if not name.startswith(("raw-", "stream-"))
+]
+
+
+@pytest.fixture
+def make_bench(certificates):
+    """Return a maker of benches, each closed with all its peers when the test ends."""
+    benches: list[Bench] = []
+
+    def make(transport: str, timeout: float | None) -> Bench:
+        benches.append(Bench(certificates if transport == "tls" else None, timeout))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.exits.close()
+
+
+@pytest.mark.parametrize(("name", "transport", "timeout"), MATRIX)
+def test_cancel_in_this_phase_raises_closes_and_never_resends(make_bench, name, transport, timeout):
+    """In each phase: Cancelled with the reason, the server sees the close, and no request is sent twice."""
+    bench = make_bench(transport, timeout)
+    with PHASES[name][0](bench) as stage:
+        token = CancellationToken()
+        attempt = Attempt(stage.call, token)
+        stage.reached(attempt)
+        assert token.cancel("the user left", tag="tab-closed")
+        failure = attempt.failure()
+        assert isinstance(failure, Cancelled)
+        assert failure.reason is token.reason
+        assert not isinstance(failure.__cause__, Cancelled)
+        if stage.peer is not None:
+            assert stage.peer.closed.wait(5)
+            assert stage.peer.requests == stage.requests
+
+
+@pytest.mark.parametrize(("name", "transport"), DEADLINE_MATRIX)
+def test_deadline_of_the_token_ends_this_phase(make_bench, name, transport):
+    """In each phase the token's remaining time is all there is, and the boundary turns it into DeadlineExceeded."""
+    bench = make_bench(transport, None)
+    with PHASES[name][0](bench) as stage:
+        kinds: list[str] = []
+
+        def call() -> None:
+            with fail_after(0.15):
+                try:
+                    stage.call()
+                except Cancelled as error:
+                    kinds.append(error.reason.kind)
+                    raise
+
+        failure = Attempt(call).failure()
+        assert isinstance(failure, DeadlineExceeded)
+        assert kinds == ["deadline"]
+        if stage.peer is not None:
+            assert stage.peer.closed.wait(5)
+
+
+@pytest.mark.parametrize(("name", "transport"), DEADLINE_MATRIX)
+def test_already_cancelled_sends_nothing(make_bench, name, transport):
+    """A request under a cancelled token raises before a byte leaves this machine."""
+    bench = make_bench(transport, None)
+    with PHASES[name][0](bench) as stage:
+        before = stage.peer.connections if stage.peer else 0
+        token = CancellationToken()
+        token.cancel("too late")
+        with use_token(token), pytest.raises(Cancelled, match="too late"):
+            stage.call()
+        assert (stage.peer.connections if stage.peer else 0) == before
+        assert threading.active_count() < 20

@@ -1,0 +1,275 @@
+"""The children of one scope: who is queued, who lives, how they ended. Knows nothing of bodies and outcomes.
+
+::
+
+    admit -> ready --(room under max_threads)--> sent to a worker -> ... -> ended
+                \\--(cancelled while queued)----> dying ------------------> ended
+
+Invariants
+    1. A task is in ``live`` from `admit` to `ended`; in ``ready`` until a worker has been asked to run it. At most ``max_threads`` are
+       in ``sent``.
+    2. ``closed`` is set under the lock together with the observation that nothing is live or ready: no task can
+       slip in after the scope has ended.
+    3. In `ended`: the outcome is recorded, then the owner is told (it may cancel siblings), then ``live`` shrinks, then
+       joiners wake. So whoever was joined sees all of it.
+    4. Finished tasks are not kept: the crew has counts, errors and times only.
+    5. Every step may be repeated: what an interrupt cut off is done by the next `join`, `admit` or `reap`.
+
+Lock order: crew > workers (a leaf). Tokens are cancelled, futures published and hooks run with no lock held.
+After a fork the child's crew is empty: leaving an inherited scope joins nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from tokenscope._core import _primitives, clock, events, workers
+from tokenscope._core.errors import ScopeClosed
+from tokenscope._core.outcome import Failure
+from tokenscope._core.report import TaskCounts
+from tokenscope._core.task import FAILED, NEVER_STARTED, SUCCEEDED, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokenscope._core.token import CancellationToken
+
+__all__ = ["Crew"]
+
+
+class Crew(_primitives.Room):
+    """See the module's head. ``on_failure(task, error)`` is called on the failing child's thread, before it counts as ended."""
+
+    __slots__ = (
+        "__weakref__",
+        "_scope",
+        "cleanup_timeout",
+        "closed",
+        "counts",
+        "dying",
+        "failures",
+        "joiners",
+        "last_end",
+        "late_events",
+        "late_work",
+        "live",
+        "max_threads",
+        "name",
+        "on_failure",
+        "orphans",
+        "ready",
+        "sent",
+        "token",
+    )
+
+    def __init__(
+        self,
+        scope: object,
+        name: str,
+        token: CancellationToken,
+        max_threads: int | None,
+        cleanup_timeout: float | None,
+        on_failure: Callable[[Task[Any], BaseException], object],
+    ) -> None:
+        super().__init__()
+        # Weakly: a scope that is dropped without being left must be noticed although its children still run.
+        self._scope = weakref.ref(scope)
+        self.name = name
+        self.token = token
+        self.max_threads = max_threads
+        self.cleanup_timeout = cleanup_timeout
+        self.on_failure = on_failure
+        # All below changes under the lock.
+        self.live: set[Task[Any]] = set()
+        self.ready: deque[Task[Any]] = deque()
+        self.sent: set[Task[Any]] = set()
+        self.dying: list[Task[Any]] = []
+        self.orphans: set[Task[Any]] = set()
+        self.joiners: list[_primitives.Waiter] = []
+        self.failures: list[Failure] = []
+        self.counts: Counter[str] = Counter()
+        self.late_events: Counter[str] = Counter()
+        self.late_work = 0.0  # seconds of the children's own code after the cancel
+        self.last_end = 0.0  # monotonic
+        self.closed = False
+
+    @property
+    def scope(self) -> Any:
+        """The scope whose children these are; None if it was dropped."""
+        return self._scope()
+
+    # --- taking work in -----------------------------------------------------------------------------------------
+
+    def admit(self, task: Task[Any]) -> None:
+        """Take a task and start it as soon as there is room.
+
+        Raises:
+            ScopeClosed: The scope has ended.
+            RuntimeError: No thread could be started; the task is forgotten.
+        """
+        self.run(self._admit_locked, task)
+        if task in self.ready:  # it has to wait: then a cancel must be able to end it there
+            task.token.on_cancel(self.reap)
+        if events.wants(events.TaskSpawned):
+            events.emit(events.TaskSpawned(self.name, task.name))
+
+    def _admit_locked(self, task: Task[Any]) -> None:
+        if self.closed:
+            raise ScopeClosed(f"scope {self.name!r} has ended and takes no more work", self.token.reason)
+        self.ready.append(task)
+        self.live.add(task)
+        try:
+            self._dispatch_locked()
+        except RuntimeError:
+            if task in self.ready:
+                self.ready.remove(task)
+                self.live.discard(task)
+                self.sent.discard(task)
+                raise
+
+    def _dispatch_locked(self) -> None:
+        """Send queued tasks to workers while there is room."""
+        while self.ready and (self.max_threads is None or len(self.sent) < self.max_threads):
+            self.sent.add(self.ready[0])
+            workers.submit(self.ready[0].work)
+            self.ready.popleft()  # an interrupt above sends it twice; its second run does nothing
+
+    # --- letting it go ------------------------------------------------------------------------------------------
+
+    def ended(self, task: Task[Any]) -> None:
+        """A task's outcome is published; called by the task."""
+        self.run(self._record_locked, task)
+        word, value = task._end or (NEVER_STARTED, None)
+        if word == FAILED and task not in self.orphans:
+            self.on_failure(task, value)
+        self.run(self._release_locked, task)
+        if events.wants(events.TaskEnded):
+            events.emit(events.TaskEnded(self.name, task.name, word))
+
+    def _record_locked(self, task: Task[Any]) -> None:
+        if task not in self.live or task._end is None:
+            return
+        word, value = task._end
+        cut = self.token._cut
+        self.counts[word] += 1
+        if word == FAILED:
+            self.failures.append(Failure(f"task {task.name}", value, late=cut is not None))
+        elif word == SUCCEEDED and cut is not None:
+            self.late_events["results"] += 1
+        cut = task.token._cut
+        if cut is not None and task._stopped is not None:
+            self.late_work += max(0.0, task._stopped - cut.when)
+
+    def _release_locked(self, task: Task[Any]) -> Callable[[], object] | None:
+        if task in self.orphans:
+            self.orphans.discard(task)
+            return lambda: events.emit(events.OrphanEnded(self.name, task.name, clock.now() - self.last_end))
+        self.last_end = clock.now()
+        self.sent.discard(task)
+        _primitives.discard(self.dying, task)
+        self.live.discard(task)
+        if self.ready:
+            self._dispatch_locked()
+        if not self.live:
+            self._wake_joiners_locked()
+        return None
+
+    def _wake_joiners_locked(self) -> None:
+        for joiner in self.joiners:
+            joiner.wake()
+
+    def reap(self) -> None:
+        """End the tasks that were cancelled while they were queued."""
+        self.run(self._reap_locked)
+        for task in tuple(self.dying):
+            task.end_unstarted()
+
+    def _reap_locked(self) -> None:
+        for task in tuple(self.ready):
+            if task.token._cut is not None:
+                if task not in self.dying:
+                    self.dying.append(task)
+                self.ready.remove(task)
+
+    # --- waiting ------------------------------------------------------------------------------------------------
+
+    def idle(self) -> bool:
+        """Whether nothing lives here now. Also does what an interrupt left undone."""
+        if self.has_leftovers():
+            self.settle()
+        if self.dying or self.ready:
+            self.reap()
+            self.run(self._dispatch_locked)
+        return self.pid != _primitives.getpid() or not (self.live or self.ready)
+
+    def add_joiner(self, waiter: _primitives.Waiter) -> None:
+        """Have ``waiter`` woken when nothing lives any more. Look again after this."""
+        self.run(self.joiners.append, waiter)
+
+    def remove_joiner(self, waiter: _primitives.Waiter) -> None:
+        """Undo `add_joiner`."""
+        self.run(_primitives.discard, self.joiners, waiter)
+
+    def close_if_idle(self) -> bool:
+        """Take no more work, unless something lives; True if closed now."""
+        self.run(self._close_locked)
+        return self.closed
+
+    def _close_locked(self) -> None:
+        if not (self.live or self.ready):
+            self.closed = True
+
+    def abandon(self) -> list[Task[Any]]:
+        """Give up what still lives: it is counted as orphaned, and nobody waits for it any more."""
+        self.run(self._abandon_locked)
+        return list(self.orphans)
+
+    def _abandon_locked(self) -> None:
+        self.orphans |= self.live
+        self.live.clear()
+        self.ready.clear()
+        self.sent.clear()
+        self.closed = True
+
+    def lingering(self) -> list[Task[Any]]:
+        """The tasks that live now."""
+        found: list[Task[Any]] = []
+        self.run(self._copy_live_locked, found)
+        return found
+
+    def _copy_live_locked(self, found: list[Task[Any]]) -> None:
+        found += self.live
+
+    def note_late(self, what: str) -> None:
+        """Something happened after the cancel."""
+        self.run(self._note_late_locked, what)
+        if events.wants(events.LateEvent):
+            events.emit(events.LateEvent(self.name, what))
+
+    def _note_late_locked(self, what: str) -> None:
+        self.late_events[what] += 1
+
+    def task_counts(self) -> TaskCounts:
+        """How the tasks ended so far."""
+        counts = self.counts
+        ended = sum(counts.values())
+        return TaskCounts(
+            spawned=ended + len(self.live) + len(self.orphans),
+            finished=counts[SUCCEEDED],
+            failed=counts[FAILED],
+            cancelled=counts["cancelled"],
+            never_started=counts[NEVER_STARTED],
+        )
+
+    @override
+    def _after_fork_locked(self) -> None:
+        self.live.clear()
+        self.ready.clear()
+        self.sent.clear()
+        self.orphans.clear()
+        self.dying.clear()
+        self.joiners.clear()

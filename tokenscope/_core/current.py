@@ -1,0 +1,272 @@
+"""What is current here: the ambient token and owner, and the boundaries that change them for a while.
+
+Outside of any scope `current_token` is a constant that is never cancelled. An explicit token is always *added to* the
+current one, never put in its place; to leave the owner on purpose there is `shield` (and ``BackgroundScope``).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from typing_extensions import ParamSpec, override
+
+from tokenscope._core import ambient, clock
+from tokenscope._core.errors import Cancelled
+from tokenscope._core.token import (
+    NEVER,
+    CancellationToken,
+    become_boundary,
+    is_cut_of,
+    joined,
+    retire,
+    settle_boundary,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+__all__ = [
+    "Boundary",
+    "bind",
+    "check",
+    "current_scope",
+    "current_token",
+    "defer",
+    "effective_token",
+    "fail_after",
+    "move_on_after",
+    "shield",
+    "sleep",
+    "standing_back",
+    "uninterruptible",
+    "use_token",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_get = ambient.token_var.get
+
+
+def current_token() -> CancellationToken:
+    """The token this code runs under; outside of any scope a constant that is never cancelled."""
+    token: CancellationToken | None = _get()
+    return NEVER if token is None else token
+
+
+def check() -> None:
+    """A checkpoint: return at once, or raise if the current token is cancelled.
+
+    Raises:
+        Cancelled: The work of this thread is no longer wanted.
+    """
+    token = _get()
+    if token is not None:
+        token.check()
+
+
+def sleep(seconds: float) -> None:
+    """Sleep, unless the current token is cancelled first. A checkpoint even for 0 seconds.
+
+    Raises:
+        Cancelled: The work of this thread is, or was meanwhile, cancelled.
+        ValueError, TypeError: ``seconds`` is not a length of time.
+    """
+    current_token().sleep(seconds)
+
+
+def current_scope() -> Any:
+    """The `ThreadScope` that owns this code: the one whose body or child this is.
+
+    Raises:
+        LookupError: There is none.
+    """
+    return _owner("current_scope()").scope
+
+
+def defer(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """Have ``fn(*args, **kwargs)`` called when the current task ends (in the body of a scope: when the scope ends), newest first.
+
+    Raises:
+        LookupError: There is neither a task nor a scope here.
+        TypeError: ``fn`` is not callable.
+    """
+    _owner("defer()").defer(fn, *args, **kwargs)
+
+
+def _owner(what: str) -> Any:
+    owner = ambient.owner_var.get()
+    if owner is None:
+        raise LookupError(
+            f"{what} needs a scope, and there is none here. Open one with `with ThreadScope() as scope:`; in a thread you started"
+            " yourself, wrap its target with tokenscope.bind() so that it inherits yours"
+        )
+    return owner
+
+
+def effective_token(explicit: CancellationToken | None) -> CancellationToken:
+    """What to run under: the current token, together with ``explicit`` if one was given.
+
+    Raises:
+        TypeError: ``explicit`` is not a token.
+    """
+    if explicit is None:
+        return current_token()
+    _check_token(explicit)
+    return joined(_get(), explicit)
+
+
+def _check_token(token: object) -> None:
+    if not isinstance(token, CancellationToken):
+        raise TypeError(f"token must be a CancellationToken, not {token!r}")
+
+
+class Boundary:
+    """A token that is current inside a ``with``, and whose end becomes an outcome there. Use once.
+
+    Yields the token. Its own cancel is absorbed; its own deadline becomes `DeadlineExceeded`, or is absorbed too
+    (``move_on``); then ``token.cancelled_caught`` is True.
+    """
+
+    def __init__(self, make: Callable[[], CancellationToken], *, move_on: bool = False) -> None:
+        self._make = make
+        self._move_on = move_on
+        self._token: CancellationToken | None = None
+        self._before: object = None
+
+    def __enter__(self) -> CancellationToken:
+        if self._token is not None:
+            raise RuntimeError("this boundary was entered before; make a new one each time")
+        token = self._token = self._make()
+        become_boundary(token)
+        self._before = _get()
+        ambient.token_var.set(token)
+        return token
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if self._token is None:
+            raise RuntimeError("this boundary was left without having been entered")
+        ambient.put_back(ambient.token_var, self._token, self._before)
+        retire(self._token)
+        return settle_boundary(self._token, error, move_on=self._move_on)
+
+
+def fail_after(seconds: float, *, name: str | None = None) -> Boundary:
+    """``with fail_after(2):`` limits its body to so many seconds. Yields the token.
+
+    Raises:
+        DeadlineExceeded: On leaving, if the time ran out and cut work short.
+        ValueError, TypeError: ``seconds`` is not a length of time.
+    """
+    seconds_or_none = clock.validate_timeout(seconds, "seconds")
+    return Boundary(lambda: current_token().child(timeout=seconds_or_none, name=name))
+
+
+def move_on_after(seconds: float, *, name: str | None = None) -> Boundary:
+    """Like `fail_after`, but goes on after the block; look at ``token.cancelled_caught``."""
+    seconds_or_none = clock.validate_timeout(seconds, "seconds")
+    return Boundary(lambda: current_token().child(timeout=seconds_or_none, name=name), move_on=True)
+
+
+def shield(timeout: float | None = 30.0) -> Boundary:
+    """Code in ``with shield():`` is not reached by the cancels around it; it has ``timeout`` seconds of its own.
+
+    Yields the shield's token. After the block the next checkpoint raises what was held off.
+
+    Raises:
+        DeadlineExceeded: On leaving, if the shield's own time ran out and cut work short.
+        ValueError, TypeError: A bad ``timeout``.
+    """
+    seconds = clock.validate_timeout(timeout)
+    return Boundary(lambda: CancellationToken(timeout=seconds, name="shield"))
+
+
+class use_token:  # noqa: N801  # reads as a statement: `with use_token(token):`
+    """``with use_token(token):`` makes ``token`` current, together with the token that was current before. Not a boundary.
+
+    Raises:
+        TypeError: ``token`` is not a token.
+    """
+
+    def __init__(self, token: CancellationToken) -> None:
+        _check_token(token)
+        self._token = token
+        self._entries: list[tuple[CancellationToken, object]] = []
+
+    def __enter__(self) -> CancellationToken:
+        before = _get()
+        mine = joined(before, self._token)
+        self._entries.append((mine, before))
+        ambient.token_var.set(mine)
+        return mine
+
+    def __exit__(self, *_: object) -> None:
+        ambient.put_back(ambient.token_var, *self._entries.pop())
+
+
+def bind(fn: Callable[P, T], token: CancellationToken | None = None) -> Callable[P, T | None]:
+    """Wrap ``fn`` as the target of a bare ``threading.Thread``: it runs in a copy of this context, under this token.
+
+    A ``Cancelled`` of that token ends the thread quietly (the wrapper returns None); any other passes.
+
+    Raises:
+        TypeError: ``fn`` is not callable, or ``token`` is not a token.
+    """
+    if not callable(fn):
+        raise TypeError(f"bind() takes a callable, not {fn!r}")
+    mine = effective_token(token)
+    context = copy_context()
+
+    def under_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> T | None:
+        if mine is not NEVER:
+            ambient.token_var.set(mine)
+        try:
+            return fn(*args, **kwargs)
+        except Cancelled as error:
+            if not is_cut_of(error, mine._cut):
+                raise
+            return None
+
+    @functools.wraps(fn)
+    def bound(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        return context.copy().run(under_token, args, kwargs)
+
+    return bound
+
+
+_here = threading.local()  # .depth: how many `uninterruptible` this thread is in
+
+
+def standing_back() -> bool:
+    """Whether this thread must not be interrupted now (a commit, a cleanup): guards do not attach, nothing is injected."""
+    return getattr(_here, "depth", 0) > 0
+
+
+class uninterruptible(Boundary):  # noqa: N801  # reads as a statement
+    """A shield that guards and the interrupt ladder respect too. For commits and cleanups."""
+
+    def __init__(self, timeout: float | None = None) -> None:
+        seconds = clock.validate_timeout(timeout)
+        super().__init__(lambda: CancellationToken(timeout=seconds, name="uninterruptible"))
+        self._depth = 0
+
+    @override
+    def __enter__(self) -> CancellationToken:
+        # The value is put back, not counted down: an interrupt in between leaves nothing that stays wrong.
+        self._depth = getattr(_here, "depth", 0)
+        token = super().__enter__()
+        _here.depth = self._depth + 1
+        return token
+
+    @override
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        _here.depth = self._depth
+        return super().__exit__(kind, error, trace)

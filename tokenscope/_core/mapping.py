@@ -1,0 +1,132 @@
+"""`ThreadScope.map`: one function over many items, lazily, a bounded number at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from typing_extensions import Self
+
+from tokenscope._core import _primitives, workers
+from tokenscope._core.current import current_token
+from tokenscope._core.reasons import CancelKind
+from tokenscope._core.token import attach, detach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tokenscope._core.task import Task
+
+__all__ = ["ScopeMap"]
+
+T = TypeVar("T")
+
+
+class ScopeMap(Generic[T]):
+    """An iterator over results, and a context manager. Made by `ThreadScope.map`; to be used by one thread.
+
+    It pulls an item from its source only when fewer than ``limit`` results are outstanding. Left unfinished it is cancelled with
+    ``scope_ended``, joined, and its source closed: on `close`, on leaving its ``with``, at the latest at the end of the scope.
+    Being garbage collected only cancels.
+    """
+
+    def __init__(
+        self, spawn: Callable[[Any], Task[T]], source: Iterator[Any], *, limit: int, ordered: bool
+    ) -> None:
+        self._spawn = spawn
+        self._source = source
+        self._limit = limit
+        self._ordered = ordered
+        self._tasks: deque[Task[T]] = deque()
+        self._exhausted = False
+        self._closed = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        """The next result; a checkpoint.
+
+        Raises:
+            Cancelled: The caller is cancelled.
+            BaseException: What the function raised for this item, or the source while it was pulled.
+        """
+        current_token().check()
+        self._fill()
+        if not self._tasks:
+            self.close()
+            raise StopIteration
+        task = self._tasks[0] if self._ordered else self._first_done()
+        value = task.result()
+        self._tasks.remove(task)
+        return value
+
+    def _fill(self) -> None:
+        while not self._exhausted and not self._closed and len(self._tasks) < self._limit:
+            try:
+                item = next(self._source)
+            except StopIteration:
+                self._exhausted = True
+                return
+            self._tasks.append(self._spawn(item))
+
+    def _first_done(self) -> Task[T]:
+        """Wait until one is done (or the caller is cancelled: then any will do, its result() tells)."""
+        waiter = _primitives.Waiter()
+        for task in self._tasks:
+            task._watchers.append(waiter)
+        caller = current_token()
+        try:
+            if attach(caller, waiter) and not any(task.done() for task in self._tasks):
+                waiter.wait(caller.remaining())
+        finally:
+            detach(caller, waiter)
+            for task in self._tasks:
+                _primitives.discard(task._watchers, waiter)
+        return next((task for task in self._tasks if task.done()), self._tasks[0])
+
+    def cancel(self) -> None:
+        """Cancel what is in flight; pull no more."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel("the map was left before its end", kind=CancelKind.SCOPE_ENDED)
+
+    def close(self) -> None:
+        """Cancel what is in flight, wait until it has ended, close the source. Idempotent."""
+        self.cancel()
+        while self._tasks:
+            self._wait_quietly(self._tasks[0])
+            self._tasks.popleft()
+        self.close_source()
+
+    def close_source(self) -> None:
+        """Close the source if it can be."""
+        self._exhausted = True
+        close = getattr(self._source, "close", None)
+        if close is not None:
+            close()
+
+    def _wait_quietly(self, task: Task[T]) -> None:
+        """Wait for the end itself, not for the caller's cancel: what is left must not run on."""
+        waiter = _primitives.Waiter()
+        task._watchers.append(waiter)
+        if not task.done():
+            waiter.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A finalizer may run in the middle of anything, so it takes no lock of a tree: a worker does it.
+        unfinished = [task for task in getattr(self, "_tasks", ()) if not task.done()]
+        if unfinished:
+            workers.submit(functools.partial(_cancel_all, unfinished))
+
+
+def _cancel_all(tasks: list[Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel("the map was dropped before its end", kind=CancelKind.SCOPE_ENDED)

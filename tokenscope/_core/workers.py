@@ -1,0 +1,207 @@
+"""A cache of threads that grows as a chain. It knows callables, not tokens.
+
+A job is put on one shared queue. Who starts threads?
+
+* `Workers.submit` starts one when no worker is idle and none is starting;
+* a worker that takes a job, still sees a backlog, and nobody idle or starting, starts the next one *before* it
+  runs its own job.
+
+So every queued job has a thread on its way (children that wait for each other never starve), and a burst of
+trivial jobs stays on two threads: the first is done before the second has started.
+
+States of a worker: *starting* -> *idle* <-> *busy* -> gone after `IDLE_SECONDS` idle.
+
+Invariants
+    1. ``idle`` and ``starting`` change under the lock only.
+    2. Backlog > 0 implies idle > 0 or starting > 0 or some worker has taken a job and not yet looked at the backlog.
+    3. A job's cell is emptied exactly once (``list.pop`` is atomic): by the worker that runs it, or by a
+       submitter that takes it back because no thread could be started.
+    4. A worker takes its next job only when the last one has returned: a thread is never reused before it ended.
+
+Lock order: the lock is a leaf; jobs, hooks and thread starts run outside of it. Hence no deadlock.
+Re-entry: ``SimpleQueue.put`` may be called in the middle of anything; `_hire` does nothing where this thread is already
+inside, and the interrupted section looks again.
+Fork: a child starts with an empty queue and no workers. Interpreter exit: the threads are daemons, parked in C.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from tokenscope._core import _primitives, events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["IDLE_NAME", "Workers", "on_thread_release", "release_thread", "submit", "workers"]
+
+IDLE_NAME = "tokenscope-idle"
+#: A worker ends after this many seconds without a job.
+IDLE_SECONDS = 10.0
+
+Job = list["Callable[[], object]"]  # a cell with one callable, or empty when somebody took it
+
+
+class Workers(_primitives.Room):
+    """The queue and its threads. There is one for the process: `workers`."""
+
+    __slots__ = ("_again", "idle", "jobs", "starting", "threads")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jobs: queue.SimpleQueue[Job] = _primitives.SimpleQueue()
+        self.idle = 0  # changes under the lock
+        self.starting = 0  # changes under the lock
+        self.threads = 0  # changes under the lock
+        self._again = False  # a re-entrant call wants another look
+
+    def submit(self, fn: Callable[[], object]) -> None:
+        """Run ``fn`` on a cached thread, soon. Thread-safe, also in signal handlers.
+
+        Raises:
+            RuntimeError: No thread could be started; ``fn`` will not run.
+        """
+        if self.pid != _primitives.getpid():
+            self.enter()  # a forked child must not put its job on the queue of its parent
+        job: Job = [fn]
+        self.jobs.put(job)
+        try:
+            self._hire()
+        except RuntimeError:
+            if job:
+                job.clear()
+                raise
+            # A worker took it after all.
+
+    def _hire(self) -> None:
+        """Start a thread if there is a backlog and nobody to see to it."""
+        if self.busy_here():
+            self._again = True
+            return
+        with self.enter(): needed = self._needed_locked()
+        while needed:
+            self._start()
+            with self.enter(): needed = self._again_locked()
+
+    def _needed_locked(self) -> bool:
+        self._again = False
+        if self.idle or self.starting or self.jobs.empty():
+            return False
+        self.starting += 1
+        return True
+
+    def _again_locked(self) -> bool:
+        return self._again and self._needed_locked()
+
+    def _start(self) -> None:
+        try:
+            _primitives.start_thread(self._work, IDLE_NAME)
+        except BaseException:
+            with self.enter(): self._not_started_locked()
+            raise
+
+    def _not_started_locked(self) -> None:
+        self.starting -= 1
+
+    def _work(self) -> None:
+        thread = threading.current_thread()
+        with self.enter(): self._arrived_locked()
+        while (job := self._next_job()) is not None:
+            self._run(job)
+            del job
+            if thread.name != IDLE_NAME:
+                thread.name = IDLE_NAME
+            with self.enter(): self._idle_locked()
+
+    def _arrived_locked(self) -> None:
+        self.starting -= 1
+        self.threads += 1
+        self.idle += 1
+
+    def _idle_locked(self) -> None:
+        self.idle += 1
+
+    def _next_job(self) -> Job | None:
+        """Wait for a job; None when this worker should end."""
+        while True:
+            try:
+                job = self.jobs.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                with self.enter(): ends = self._retire_locked()
+                if ends:
+                    return None
+                continue
+            with self.enter(): self._busy_locked()
+            return job
+
+    def _busy_locked(self) -> None:
+        self.idle -= 1
+
+    def _retire_locked(self) -> bool:
+        if not self.jobs.empty():
+            return False
+        self.idle -= 1
+        self.threads -= 1
+        return True
+
+    def _run(self, job: Job) -> None:
+        try:
+            self._hire()
+        except RuntimeError as error:
+            # The backlog waits for the jobs that run now; say so, it may be a deadlock of somebody's.
+            events.emit(events.ThreadFailed(IDLE_NAME, error))
+        try:
+            fn = job.pop()
+        except IndexError:
+            return  # taken back by its submitter
+        try:
+            fn()
+        except BaseException as error:  # nobody above us could be told; the worker must live
+            events.emit(events.ThreadFailed(threading.current_thread().name, error))
+
+    @override
+    def _after_fork_locked(self) -> None:
+        self.jobs = _primitives.SimpleQueue()
+        self.idle = self.starting = self.threads = 0
+
+
+workers = Workers()
+submit = workers.submit
+
+_hooks_guard = _primitives.Lock()  # protects the replacement of the tuple; readers take none
+_hooks: tuple[Callable[[], object], ...] = ()
+
+
+def on_thread_release(hook: Callable[[], object]) -> Callable[[], None]:
+    """Call ``hook()`` on a task's thread before the task counts as ended; returns a function that ends it.
+
+    For what a library keeps per thread and must close with the work (Django's database connections).
+
+    Raises:
+        TypeError: ``hook`` is not callable.
+    """
+    if not callable(hook):
+        raise TypeError(f"hook must be callable, not {hook!r}")
+    global _hooks
+    with _hooks_guard:
+        _hooks = (*_hooks, hook)
+
+    def unregister() -> None:
+        global _hooks
+        with _hooks_guard:
+            _hooks = tuple(h for h in _hooks if h is not hook)
+
+    return unregister
+
+
+def release_thread() -> None:
+    """Run the hooks; one that raises stops no other."""
+    for hook in _hooks:
+        try:
+            hook()
+        except BaseException as error:  # the task has ended; its outcome must not change any more
+            events.emit(events.CallbackFailed("on_thread_release", error))

@@ -1,0 +1,50 @@
+"""Which token a request works for: looked up once, when it takes its connection, and kept until the response is done.
+
+A response may be read by another thread than the one that sent the request; it stays bound to the token it was opened under.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokenscope._core.current import current_token, effective_token, standing_back, use_token
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tokenscope._core.token import CancellationToken
+
+__all__ = ["Binding", "under"]
+
+# The token that `under` made current: the user named it (or a parent of it) himself.
+_named: ContextVar[CancellationToken | None] = ContextVar("tokenscope_named_token", default=None)
+
+
+class Binding(NamedTuple):
+    """A token, and whether the user named it for this client (`Guard.attach`)."""
+
+    token: CancellationToken
+    explicit: bool
+
+    @classmethod
+    def here(cls) -> Binding:
+        """What a request that starts now works for."""
+        token = current_token()
+        return cls(token, token is _named.get())
+
+
+@contextlib.contextmanager
+def under(explicit: CancellationToken | None) -> Iterator[None]:
+    """Add a client's own token to the current one; in a section that must not be cut, leave the current one alone."""
+    if explicit is None or standing_back():
+        yield
+        return
+    before = _named.get()
+    with use_token(effective_token(explicit)):
+        _named.set(current_token())
+        try:
+            yield
+        finally:
+            _named.set(before)

@@ -75,8 +75,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # Tracebacks and reprs should read `tokenscope.Cancelled`, wherever the class happens to live.
-for _name in __all__:
-    _thing = globals()[_name]
-    if isinstance(_thing, type):
-        _thing.__module__ = __name__
-del _name, _thing, _log
+for _public in map(globals().__getitem__, __all__):
+    if isinstance(_public, type):
+        _public.__module__ = __name__
+del _public, _log

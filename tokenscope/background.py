@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tokenscope._core import _primitives, ambient, clock, events
 from tokenscope._core.crew import Crew
@@ -56,7 +54,7 @@ class BackgroundScope:
         self._grace = 5.0
         self.token = CancellationToken(name=name)
         self._crew = Crew(self, name, self.token, max_threads, 30.0, self._tell_failure)
-        self._gate = _primitives.RLock()  # one spawn at a time: counting and taking in are one step
+        self._gate = _primitives.Room()  # one spawn at a time: counting and taking in are one step
         self._closing = False
 
     @property
@@ -76,7 +74,7 @@ class BackgroundScope:
         """
         if not callable(fn):
             raise TypeError(f"spawn() takes a callable, not {fn!r}")
-        with self._gate:
+        with self._gate.enter():
             if self._closing:
                 raise ScopeClosed(f"scope {self.name!r} was closed", self.token.reason)
             if len(self._crew.ready) >= self.capacity:

@@ -60,14 +60,16 @@ class Stage:
     Attributes:
         call: Makes it.
         reached: Returns once the call is blocked where it should be.
-        peer: Who must see the close; None where nobody is connected.
-        requests: How many requests a server has seen at the end; one more would be a resend.
+        peer: The server that looks on; None where nobody is connected.
+        requests: How many requests the peer has seen at the end; one more would be a resend.
+        sees_close: Whether the peer sees the client hang up.
     """
 
     call: Callable[[], Any]
     reached: Callable[[Attempt], None]
     peer: Peer | None = None
     requests: int = 1
+    sees_close: bool = True
 
 
 Phase = Callable[[Bench], AbstractContextManager[Stage]]
@@ -183,8 +185,8 @@ def redirect_target(bench: Bench) -> Iterator[Stage]:
     yield Stage(lambda: session.get(first.url(), timeout=bench.timeout), lambda _: wait_for(target.reached), target)
 
 
-def retried(script: play.Script, **policy: Any) -> Phase:
-    """Urllib3 waits before it tries again."""
+def retried(script: play.Script, requests: int, **policy: Any) -> Phase:
+    """Urllib3 waits before it tries again, having tried so often."""
 
     @contextmanager
     def phase(bench: Bench) -> Iterator[Stage]:
@@ -192,7 +194,10 @@ def retried(script: play.Script, **policy: Any) -> Phase:
         peer, session = bench.peer(script), bench.session(max_retries=retries)
         yield Stage(
             lambda: session.get(peer.url(), timeout=bench.timeout),
-            lambda attempt: wait_until(lambda: blocked_in(attempt.thread, "_pause")),
+            lambda attempt: wait_until(lambda: blocked_in(attempt.thread, "_pause") and peer.requests == requests),
+            peer,
+            requests,
+            sees_close=False,  # the answer was complete: the connection is idle in the pool
         )
 
     return phase
@@ -239,6 +244,6 @@ PHASES: dict[str, tuple[Phase, tuple[str, ...]]] = {
     "drip-whole": (simple(play.drips), BOTH),
     "redirect-target": (redirect_target, BOTH),
     "redirect-body": (simple(play.redirect_body_hangs), BOTH),
-    "retry-backoff": (retried(play.answers(status="500 Oops"), backoff_factor=LONG), BOTH),
-    "retry-after": (retried(play.answers(status="503 Later", headers={"Retry-After": "60"})), BOTH),
+    "retry-backoff": (retried(play.answers(status="500 Oops"), 2, backoff_factor=LONG), BOTH),
+    "retry-after": (retried(play.answers(status="503 Later", headers={"Retry-After": "60"}), 1), BOTH),
 }

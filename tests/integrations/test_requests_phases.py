@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 from peers import Attempt
 from phases import PHASES, Bench
 
-from tokenscope._core.current import fail_after, use_token
-from tokenscope._core.errors import Cancelled, DeadlineExceeded
-from tokenscope._core.token import CancellationToken
+from tokenscope import fail_after, use_token
+from tokenscope import Cancelled, DeadlineExceeded
+from tokenscope import CancellationToken
 
 MATRIX = [
     pytest.param(name, transport, timeout, id=f"{name}-{transport}-{timeout}")
@@ -54,7 +52,7 @@ def test_cancel_in_this_phase_raises_closes_and_never_resends(make_bench, name, 
         assert failure.reason is token.reason
         assert not isinstance(failure.__cause__, Cancelled)
         if stage.peer is not None:
-            assert stage.peer.closed.wait(5)
+            assert not stage.sees_close or stage.peer.closed.wait(5)
             assert stage.peer.requests == stage.requests
 
 
@@ -76,7 +74,7 @@ def test_deadline_of_the_token_ends_this_phase(make_bench, name, transport):
         failure = Attempt(call).failure()
         assert isinstance(failure, DeadlineExceeded)
         assert kinds == ["deadline"]
-        if stage.peer is not None:
+        if stage.peer is not None and stage.sees_close:
             assert stage.peer.closed.wait(5)
 
 
@@ -91,4 +89,3 @@ def test_already_cancelled_sends_nothing(make_bench, name, transport):
         with use_token(token), pytest.raises(Cancelled, match="too late"):
             stage.call()
         assert (stage.peer.connections if stage.peer else 0) == before
-        assert threading.active_count() < 20

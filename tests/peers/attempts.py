@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from tokenscope._core.current import use_token
+from tokenscope import use_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable

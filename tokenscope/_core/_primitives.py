@@ -104,7 +104,7 @@ class Room:
     __slots__ = ("_locks", "inbox", "lock", "pid")
 
     def __init__(self) -> None:
-        self.lock = RLock()
+        self.lock: Any = RLock()
         self.pid = getpid()
         self._locks = {self.pid: self.lock}
         # What operations that found this thread inside want done by the one they interrupted.

@@ -41,10 +41,11 @@ def _nothing(_outcome: BaseException | None) -> None:
 class CleanupStack:
     """What an owner (a scope or a task) has to clean up. Pushed by the owner's threads, run once by the last of them."""
 
-    __slots__ = ("items", "owner")
+    __slots__ = ("errors", "items", "owner")
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
+        self.errors: list[BaseException] = []  # here, so that an interrupt in the middle of `run` loses none
         self.items: list[Cleanup] = []
 
     def push(self, fn: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,23 +79,20 @@ class CleanupStack:
 
         After that time the rest still run, with a cancelled token, and the one that overran is told with its stack.
         """
-        errors: list[BaseException] = []
         if not self.items:
-            return errors
-        shielded = uninterruptible(timeout)
+            return self.errors
+        shielded = uninterruptible(timeout, move_on=True)
         with shielded as token, token.on_cancel(self._tell_overrun, get_ident()):
             while self.items:
-                self._run_last(outcome, token, errors)
-        return errors
+                self._run_last(outcome, token)
+        return self.errors
 
-    def _run_last(
-        self, outcome: BaseException | None, token: CancellationToken, errors: list[BaseException]
-    ) -> None:
+    def _run_last(self, outcome: BaseException | None, token: CancellationToken) -> None:
         cleanup = self.items[-1]
         try:
             cleanup.run(outcome)
         except BaseException as error:  # the others must still run; the owner raises it
-            errors.append(_as_failure(error, token, cleanup.name))
+            self.errors.append(_as_failure(error, token, cleanup.name))
             events.emit(events.CleanupFailed(self.owner, cleanup.name, error))
         if cleanup in self.items:  # it may have deferred something itself, so it need not be the last any more
             self.items.remove(cleanup)

@@ -23,11 +23,11 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Any
-
-from typing_extensions import override
+from os import getpid
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenscope._core import _primitives, clock, events, workers
+from tokenscope._core._typing import override
 from tokenscope._core.errors import ScopeClosed
 from tokenscope._core.outcome import Failure
 from tokenscope._core.report import TaskCounts
@@ -111,69 +111,111 @@ class Crew(_primitives.Room):
             ScopeClosed: The scope has ended.
             RuntimeError: No thread could be started; the task is forgotten.
         """
-        self.run(self._admit_locked, task)
-        if task in self.ready:  # it has to wait: then a cancel must be able to end it there
-            task.token.on_cancel(self.reap)
+        if self.pid != getpid() or self.lock._is_owned():
+            self.run(self._admit_locked, task)
+        else:
+            with self.lock: self._admit_locked(task)
+        if self.max_threads is None:
+            self._send(task)
+        else:
+            self.run(self._dispatch_locked, task)
+            if task in self.ready:  # it has to wait: then a cancel must be able to end it there
+                task._queued = task.token.on_cancel(self.reap)
         if events.wants(events.TaskSpawned):
             events.emit(events.TaskSpawned(self.name, task.name))
 
     def _admit_locked(self, task: Task[Any]) -> None:
         if self.closed:
             raise ScopeClosed(f"scope {self.name!r} has ended and takes no more work", self.token.reason)
-        self.ready.append(task)
+        self.ready.append(task)  # first this: `idle` looks at both, and sends what an interrupt left here
         self.live.add(task)
-        try:
-            self._dispatch_locked()
-        except RuntimeError:
-            if task in self.ready:
-                self.ready.remove(task)
-                self.live.discard(task)
-                self.sent.discard(task)
-                raise
 
-    def _dispatch_locked(self) -> None:
+    def _send(self, task: Task[Any]) -> None:
+        """Ask a worker to run it; there is no limit. No lock is held, for a thread may have to be started."""
+        try:
+            workers.submit(task.work)
+        except RuntimeError:
+            self.run(self._forget_locked, task)
+            raise
+        _primitives.discard(self.ready, task)  # an interrupt above sends it twice; its second run does nothing
+
+    def _dispatch_locked(self, newest: Task[Any] | None = None) -> None:
         """Send queued tasks to workers while there is room."""
-        while self.ready and (self.max_threads is None or len(self.sent) < self.max_threads):
-            self.sent.add(self.ready[0])
-            workers.submit(self.ready[0].work)
-            self.ready.popleft()  # an interrupt above sends it twice; its second run does nothing
+        limit = self.max_threads or len(self.live)
+        while self.ready and len(self.sent) < limit:
+            task = self.ready[0]
+            try:
+                workers.submit(task.work)
+            except RuntimeError as error:
+                if newest is not None and task is newest:
+                    self._forget_locked(task)
+                    raise
+                events.emit(events.ThreadFailed(self.name, error))  # tried again when the next one ends
+                return
+            self.sent.add(task)
+            self.ready.popleft()
+
+    def _forget_locked(self, task: Task[Any]) -> None:
+        _primitives.discard(self.ready, task)
+        self.live.discard(task)
+        self.sent.discard(task)
 
     # --- letting it go ------------------------------------------------------------------------------------------
 
     def ended(self, task: Task[Any]) -> None:
-        """A task's outcome is published; called by the task."""
-        self.run(self._record_locked, task)
+        """A task has ended; called by the task. Publish, tell the owner of a failure, let it go: in this order."""
+        if task._made is not None:
+            task.publish()
+        if self.pid != getpid() or self.lock._is_owned():
+            self.run(self._record_locked, task)
+        else:
+            with self.lock: self._record_locked(task)
+        if not task.done():
+            task.publish()
+        if task._watchers:
+            task.wake_watchers()
+        if task._queued is not None:
+            task._queued.close(wait=False)
         word, value = task._end or (NEVER_STARTED, None)
         if word == FAILED and task not in self.orphans:
-            self.on_failure(task, value)
-        self.run(self._release_locked, task)
+            self.on_failure(task, cast("BaseException", value))
+        if task in self.live or task in self.orphans:
+            self.run(self._release_locked, task)
         if events.wants(events.TaskEnded):
             events.emit(events.TaskEnded(self.name, task.name, word))
 
     def _record_locked(self, task: Task[Any]) -> None:
+        """Count it; and where nobody needs to be told anything outside of the lock, publish it and let it go in one step."""
         if task not in self.live or task._end is None:
             return
+        quick = task.done() or task.publish_locked()
+        if task._counted:
+            return
+        task._counted = True
         word, value = task._end
-        cut = self.token._cut
         self.counts[word] += 1
         if word == FAILED:
-            self.failures.append(Failure(f"task {task.name}", value, late=cut is not None))
-        elif word == SUCCEEDED and cut is not None:
+            self.failures.append(Failure(f"task {task.name}", value, late=self.token._cut is not None))
+        elif self.token._cut is not None and word == SUCCEEDED:
             self.late_events["results"] += 1
         cut = task.token._cut
         if cut is not None and task._stopped is not None:
             self.late_work += max(0.0, task._stopped - cut.when)
+        if quick and word != FAILED and not task._watchers and self.max_threads is None:
+            self._release_locked(task)
 
     def _release_locked(self, task: Task[Any]) -> Callable[[], object] | None:
         if task in self.orphans:
             self.orphans.discard(task)
             return lambda: events.emit(events.OrphanEnded(self.name, task.name, clock.now() - self.last_end))
         self.last_end = clock.now()
-        self.sent.discard(task)
-        _primitives.discard(self.dying, task)
         self.live.discard(task)
-        if self.ready:
-            self._dispatch_locked()
+        if self.max_threads is not None:
+            self.sent.discard(task)
+            if self.ready:
+                self._dispatch_locked()
+        if self.dying:
+            _primitives.discard(self.dying, task)
         if not self.live:
             self._wake_joiners_locked()
         return None
@@ -203,8 +245,15 @@ class Crew(_primitives.Room):
             self.settle()
         if self.dying or self.ready:
             self.reap()
-            self.run(self._dispatch_locked)
+            self._send_the_rest()
         return self.pid != _primitives.getpid() or not (self.live or self.ready)
+
+    def _send_the_rest(self) -> None:
+        if self.max_threads is not None:
+            self.run(self._dispatch_locked)
+        else:
+            for task in tuple(self.ready):
+                self._send(task)
 
     def add_joiner(self, waiter: _primitives.Waiter) -> None:
         """Have ``waiter`` woken when nothing lives any more. Look again after this."""

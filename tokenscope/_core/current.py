@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import threading
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from typing_extensions import ParamSpec, override
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from tokenscope._core import ambient, clock
+from tokenscope._core._typing import override
 from tokenscope._core.errors import Cancelled
 from tokenscope._core.token import (
     NEVER,
@@ -251,9 +250,9 @@ def standing_back() -> bool:
 class uninterruptible(Boundary):  # noqa: N801  # reads as a statement
     """A shield that guards and the interrupt ladder respect too. For commits and cleanups."""
 
-    def __init__(self, timeout: float | None = None) -> None:
+    def __init__(self, timeout: float | None = None, *, move_on: bool = False) -> None:
         seconds = clock.validate_timeout(timeout)
-        super().__init__(lambda: CancellationToken(timeout=seconds, name="uninterruptible"))
+        super().__init__(lambda: CancellationToken(timeout=seconds, name="uninterruptible"), move_on=move_on)
         self._depth = 0
 
     @override

@@ -271,7 +271,7 @@ def emit(event: Event) -> None:
 
 def _tell_unraisable(error: BaseException, where: object) -> None:
     sys.unraisablehook(
-        SimpleNamespace(  # type: ignore[arg-type]  # the hook's own class cannot be built from Python
+        SimpleNamespace(  # the hook's own class cannot be built from Python
             exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=None, object=where
         )
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import deque
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from tokenscope._core import _primitives, workers
 from tokenscope._core.current import current_token
@@ -41,6 +40,7 @@ class ScopeMap(Generic[T]):
         self._tasks: deque[Task[T]] = deque()
         self._exhausted = False
         self._closed = False
+        self._source_closed = False
 
     def __iter__(self) -> Self:
         return self
@@ -102,7 +102,9 @@ class ScopeMap(Generic[T]):
 
     def close_source(self) -> None:
         """Close the source if it can be."""
-        self._exhausted = True
+        if self._source_closed:
+            return
+        self._source_closed = self._exhausted = True
         close = getattr(self._source, "close", None)
         if close is not None:
             close()
@@ -124,7 +126,8 @@ class ScopeMap(Generic[T]):
         # A finalizer may run in the middle of anything, so it takes no lock of a tree: a worker does it.
         unfinished = [task for task in getattr(self, "_tasks", ()) if not task.done()]
         if unfinished:
-            workers.submit(functools.partial(_cancel_all, unfinished))
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                workers.submit(functools.partial(_cancel_all, unfinished))
 
 
 def _cancel_all(tasks: list[Task[Any]]) -> None:

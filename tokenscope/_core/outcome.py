@@ -23,7 +23,7 @@ from tokenscope._core.token import is_cut_of
 if TYPE_CHECKING:
     from tokenscope._core.tree import Cut
 
-__all__ = ["Ending", "Failure", "Verdict", "decide"]
+__all__ = ["INTERRUPTS", "Ending", "Failure", "Verdict", "decide", "foresee"]
 
 INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
@@ -66,13 +66,14 @@ class Verdict:
 
 def decide(ending: Ending) -> Verdict:
     """Apply the rules. Adds notes to the error that it picks."""
-    verdict = _pick(ending)
+    verdict = foresee(ending)
     if verdict.error is not None:
         _note_the_rest(verdict.error, ending)
     return verdict
 
 
-def _pick(ending: Ending) -> Verdict:
+def foresee(ending: Ending) -> Verdict:
+    """The verdict as things stand, without notes: what cleanups are told."""
     interrupt = ending.interrupt or (ending.body if isinstance(ending.body, INTERRUPTS) else None)
     if interrupt is not None:
         return Verdict("interrupted", interrupt)
@@ -112,6 +113,11 @@ def _note_the_rest(error: BaseException, ending: Ending) -> None:
         told.update(id(inner) for inner in error.exceptions)
     for failure in ending.failures:
         if id(failure.error) not in told:
-            error.add_note(f"also in scope {ending.name!r}: {failure.source}: {failure.error!r}")
+            _add_note(error, f"also in scope {ending.name!r}: {failure.source}: {failure.error!r}")
     if ending.body is not None and id(ending.body) not in told and not is_cut_of(ending.body, ending.cut):
-        error.add_note(f"also in scope {ending.name!r}: body: {ending.body!r}")
+        _add_note(error, f"also in scope {ending.name!r}: body: {ending.body!r}")
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    if note not in getattr(error, "__notes__", ()):  # a step that was cut off by an interrupt is done again
+        error.add_note(note)

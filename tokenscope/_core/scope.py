@@ -22,22 +22,22 @@ that ``with`` has not been left for.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import warnings
+import weakref
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-from typing_extensions import ParamSpec, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, Self, TypeVar
 
 from tokenscope._core import _primitives, ambient, clock, events, workers
 from tokenscope._core.cleanup import CleanupStack
 from tokenscope._core.crew import Crew
-from tokenscope._core.current import current_token, effective_token
+from tokenscope._core.current import check, current_token, effective_token
 from tokenscope._core.errors import ScopeClosed, StragglersLeft
 from tokenscope._core.mapping import ScopeMap
-from tokenscope._core.outcome import INTERRUPTS, Ending, Failure, Verdict, decide
+from tokenscope._core.outcome import INTERRUPTS, Ending, Failure, Verdict, decide, foresee
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.report import ScopeReport, ScopeSnapshot, TaskSnapshot
 from tokenscope._core.task import Task
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
     from types import TracebackType
+
+    from tokenscope._core.reasons import CancelReason
 
 __all__ = ["ThreadScope"]
 
@@ -111,7 +113,8 @@ class ThreadScope:
         self._grace = _validate_grace(grace)
         self._on_straggler = on_straggler
         self._cleanups = CleanupStack(self.name)
-        self._maps: list[ScopeMap[Any]] = []
+        # Weakly: a map that its user dropped cancels what it has in flight, and needs nothing more.
+        self._maps: list[weakref.ref[ScopeMap[Any]]] = []
         self._extensions: dict[Hashable, Any] = {}
         self._extensions_guard = _primitives.RLock()  # held while a factory of an upper floor runs
         self._token: CancellationToken | None = None  # set on entering
@@ -187,17 +190,16 @@ class ThreadScope:
         crew = self._children()
         if not callable(fn):
             raise TypeError(f"spawn() takes a callable, not {fn!r}")
-        current_token().check()
-        self._refuse_if_cancelled(crew)
+        check()
+        if crew.token.reason is not None:
+            self._refuse(crew, crew.token.reason)
         task = Task(crew, fn, args, kwargs, name, kind)
         crew.admit(task)
         return task
 
-    def _refuse_if_cancelled(self, crew: Crew) -> None:
-        reason = crew.token.reason
-        if reason is not None:
-            crew.note_late("spawns")
-            raise ScopeClosed(f"scope {self.name!r} is cancelled and takes no more work", reason)
+    def _refuse(self, crew: Crew, reason: CancelReason) -> NoReturn:
+        crew.note_late("spawns")
+        raise ScopeClosed(f"scope {self.name!r} is cancelled and takes no more work", reason)
 
     def map(
         self, fn: Callable[[Any], T], items: Iterable[Any], *, limit: int | None = None, ordered: bool = True
@@ -216,7 +218,8 @@ class ThreadScope:
         _check_positive("limit", limit)
         self._children()
         mapping = ScopeMap(functools.partial(self.spawn, fn, kind="map"), iter(items), limit=limit, ordered=ordered)
-        self._maps.append(mapping)
+        self._maps = [link for link in self._maps if link() is not None]
+        self._maps.append(weakref.ref(mapping))
         return mapping
 
     def join(self, timeout: float | None = None) -> bool:
@@ -286,10 +289,10 @@ class ThreadScope:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self._begin_leaving(error)
-        while True:
+        verdict: Verdict | None = None
+        while verdict is None:
             try:
                 verdict = self._leave()
-                break
             except INTERRUPTS as interrupt:
                 self._interrupted(interrupt)
         if verdict.error is None or verdict.error is error:
@@ -318,7 +321,7 @@ class ThreadScope:
         return verdict
 
     def _stop_children(self, error: BaseException | None) -> None:
-        for mapping in self._maps:
+        for mapping in self._open_maps():
             mapping.cancel()
         if error is None or is_cut_of(error, self.token._cut):
             return
@@ -335,9 +338,11 @@ class ThreadScope:
             expire_if_due(self.token)
             if self._look_is_due() and not crew.idle():
                 self._look_at_stragglers(crew, ending)
-        while self._maps:
-            self._maps[-1].close_source()
-            self._maps.pop()
+        for mapping in self._open_maps():
+            mapping.close_source()
+
+    def _open_maps(self) -> list[ScopeMap[Any]]:
+        return [mapping for link in self._maps if (mapping := link()) is not None]
 
     def _next_look(self) -> float | None:
         """When to look at stragglers: at the grace after the cancel, and at each doubling."""
@@ -389,10 +394,11 @@ class ThreadScope:
 
     def _clean_up(self, ending: Ending, crew: Crew) -> None:
         errors = self._cleanups.run(_outcome_for_cleanups(ending), self._cleanup_timeout)
+        known = {id(failure.error) for failure in ending.failures}
         for error in errors:
             if isinstance(error, INTERRUPTS):
                 ending.interrupt = ending.interrupt or error
-            else:
+            elif id(error) not in known:
                 ending.failures.append(Failure("cleanup", error))
 
     def _end(self, ending: Ending, crew: Crew, verdict: Verdict) -> None:
@@ -459,7 +465,8 @@ class ThreadScope:
             return
         warnings.warn(f"{self!r} was dropped without being left; its children are cancelled", ResourceWarning, source=self)
         cancel = functools.partial(crew.token.cancel, "the scope was dropped", kind=CancelKind.SCOPE_ENDED)
-        workers.submit(cancel)  # a finalizer takes no lock of a tree
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+            workers.submit(cancel)  # a finalizer takes no lock of a tree
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------
@@ -495,7 +502,7 @@ def _wait_for_idle(crew: Crew, token: CancellationToken, until: float | None) ->
 
 def _outcome_for_cleanups(ending: Ending) -> BaseException | None:
     """What context managers get to see: also a cancel that the scope will absorb."""
-    verdict = decide(ending)
+    verdict = foresee(ending)
     if verdict.absorbed and ending.cut is not None:
         return ending.body if is_cut_of(ending.body, ending.cut) else ending.cut.as_error()
     return verdict.error

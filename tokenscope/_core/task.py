@@ -23,9 +23,8 @@ import threading
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from typing_extensions import override
-
 from tokenscope._core import _primitives, ambient, clock, workers
+from tokenscope._core._typing import override
 from tokenscope._core.cleanup import CleanupStack, stack_of
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import Cancelled, TaskCancelled
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tokenscope._core.crew import Crew
+    from tokenscope._core.token import Registration
     from tokenscope._core.tree import Cut
 
 __all__ = ["Task"]
@@ -44,6 +44,11 @@ T = TypeVar("T")
 _numbers = itertools.count(1)
 
 SUCCEEDED, FAILED, CANCELLED, NEVER_STARTED = "succeeded", "failed", "cancelled", "never_started"
+
+# The words of `Future._state`. That attribute, `_result`, `_exception`, `_condition`, `_waiters` and `_done_callbacks` are what
+# `concurrent.futures.wait` and asyncio themselves use of foreign futures; they have not changed since Python 3.2.
+_PENDING, _CANCELLED, _CANCELLED_AND_TOLD, _FINISHED = "PENDING", "CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED"
+_ENDED = frozenset((_CANCELLED, _CANCELLED_AND_TOLD, _FINISHED))
 
 
 class Task(concurrent.futures.Future[T], Generic[T]):
@@ -57,6 +62,22 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         token: Cancelled when the task should stop.
     """
 
+    # Instead of `Future.__init__`, which makes a Condition: that costs as much as all the rest of a trivial task, and most are
+    # never waited for one by one. It is made when somebody asks for it (`_condition`).
+    _state: str = _PENDING
+    _result: Any = None
+    _exception: BaseException | None = None
+    _made: threading.Condition | None = None  # the condition; set once, under the crew's lock
+
+    _cleanups: CleanupStack | None = None
+    _ident: int | None = None  # the thread that runs it; None before and after
+    _started: float | None = None  # monotonic; written once, by that thread
+    _stopped: float | None = None  # the end of its own code, before cleanups; likewise
+    _end: tuple[str, Any] | None = None  # how it ended; written once, before it is published
+    _queued: Registration | None = None  # ends it at the moment of a cancel while it waits under `max_threads`
+    _counted = False  # by the crew, under its lock
+    _told = False  # whoever waited for a cancelled task has been told
+
     def __init__(
         self,
         crew: Crew,
@@ -66,20 +87,27 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         name: str | None,
         kind: str | None,
     ) -> None:
-        super().__init__()
-        self.name = name if name is not None else f"{getattr(fn, '__qualname__', 'task')}-{next(_numbers)}"
+        if name is None:
+            name = f"{getattr(fn, '__qualname__', 'task')}-{next(_numbers)}"
+        self.name = name
         self.kind = kind
-        self.token = crew.token.child(name=self.name)
+        self.token = crew.token.child(name=name)
         self._crew = crew
         self._call: dict[None, tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]]] = {None: (fn, args, kwargs)}
         self._context = copy_context()
-        self._cleanups: CleanupStack | None = None
         self._watchers: list[_primitives.Waiter] = []
-        self._ident: int | None = None  # the thread that runs it; None before and after
-        self._started: float | None = None  # monotonic; written once, by that thread
-        self._stopped: float | None = None  # the end of its own code, before cleanups; likewise
-        self._end: tuple[str, Any] | None = None  # how it ended; written once, before it is published
-        self._told = False  # everybody who waited has been told
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]  # a plain attribute in Future
+        if self._made is None and not self._crew.run(self._make_condition_locked):
+            self._make_condition_locked()  # put off: this very thread is inside the lock, so nobody else is
+        return cast("threading.Condition", self._made)
+
+    def _make_condition_locked(self) -> None:
+        if self._made is None:
+            self._waiters: list[Any] = []
+            self._done_callbacks: list[Any] = []
+            self._made = threading.Condition()
 
     @property
     def scope(self) -> Any:
@@ -96,6 +124,14 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         if self._started is None:
             return "queued"
         return "cancelling" if self.token.cancelled else "running"
+
+    @override
+    def done(self) -> bool:
+        return self._state in _ENDED
+
+    @override
+    def cancelled(self) -> bool:
+        return self._state in _ENDED and self._state != _FINISHED
 
     @override
     def running(self) -> bool:
@@ -128,13 +164,19 @@ class Task(concurrent.futures.Future[T], Generic[T]):
             BaseException: What the task raised.
         """
         self._await_end(timeout)
-        return super().result(0)
+        if self._exception is not None:
+            try:
+                raise self._exception
+            finally:
+                del self  # the error's frames would keep the task, and the task the error
+        value: T = self._result
+        return value
 
     @override
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the task and return what it raised, or None. A checkpoint of the caller; raises like `result`."""
         self._await_end(timeout)
-        return super().exception(0)
+        return self._exception
 
     def _await_end(self, timeout: float | None) -> None:
         seconds = clock.validate_timeout(timeout)
@@ -192,7 +234,7 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         del call
         workers.release_thread()
         self._ident = None
-        self.finish()
+        self._crew.ended(self)
 
     def _run(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
         ambient.token_var.set(self.token)
@@ -242,22 +284,28 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         cut = self.token._cut
         if cut is not None:
             mark_cut_short(self.token, cut)
-        self.finish()
-
-    def finish(self) -> None:
-        """Publish the outcome, then tell the crew."""
         if self._end is not None:
-            self._publish(*self._end)
             self._crew.ended(self)
 
-    def _publish(self, word: str, value: Any) -> None:
-        if not self.done():
-            self._publish_once(word, value)
-        if self.cancelled() and not self._told:
+    def publish_locked(self) -> bool:
+        """Publish the outcome under the crew's lock; False if somebody waits for it and must be told outside of it."""
+        if self._made is not None or self._end is None:
+            return False
+        word, value = self._end
+        if word == SUCCEEDED:
+            self._result = value
+        elif word == FAILED:
+            self._exception = value
+        self._state = _FINISHED if word in (SUCCEEDED, FAILED) else _CANCELLED_AND_TOLD
+        return True
+
+    def publish(self) -> None:
+        """Publish the outcome to whoever waits. No lock is held; a user's done-callbacks run here."""
+        if not self.done() and self._end is not None:
+            self._publish_once(*self._end)
+        if self._state == _CANCELLED and not self._told:
             self._told = True
             super().set_running_or_notify_cancel()
-        for waiter in tuple(self._watchers):
-            waiter.wake()
 
     def _publish_once(self, word: str, value: Any) -> None:
         if word == SUCCEEDED:
@@ -266,6 +314,11 @@ class Task(concurrent.futures.Future[T], Generic[T]):
             super().set_exception(value)
         else:
             super().cancel()
+
+    def wake_watchers(self) -> None:
+        """Wake those who block in `result`; the outcome is published."""
+        for waiter in tuple(self._watchers):
+            waiter.wake()
 
 
 def _without_own_cancels(error: BaseException, cut: Cut | None) -> BaseException:

@@ -26,9 +26,8 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
-
 from tokenscope._core import _primitives, clock, events
+from tokenscope._core._typing import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,11 +20,10 @@ import math
 import weakref
 from os import getpid
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
-
-from typing_extensions import ParamSpec, Self, override
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeVar
 
 from tokenscope._core import _primitives, ambient, clock, timer
+from tokenscope._core._typing import override
 from tokenscope._core.errors import Cancelled, DeadlineExceeded
 from tokenscope._core.reasons import CancelKind, CancelReason, make_reason
 from tokenscope._core.tree import Cut, Extras, Flock, Registration, Tree, Wakeup

@@ -53,9 +53,8 @@ import weakref
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from typing_extensions import override
-
 from tokenscope._core import _primitives, clock, events, timer, workers
+from tokenscope._core._typing import override
 from tokenscope._core.errors import Cancelled
 
 if TYPE_CHECKING:

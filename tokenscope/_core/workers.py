@@ -28,11 +28,11 @@ from __future__ import annotations
 
 import queue
 import threading
+from os import getpid
 from typing import TYPE_CHECKING
 
-from typing_extensions import override
-
 from tokenscope._core import _primitives, events
+from tokenscope._core._typing import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,10 +65,14 @@ class Workers(_primitives.Room):
         Raises:
             RuntimeError: No thread could be started; ``fn`` will not run.
         """
-        if self.pid != _primitives.getpid():
+        if self.pid != getpid():
             self.enter()  # a forked child must not put its job on the queue of its parent
         job: Job = [fn]
         self.jobs.put(job)
+        # Reading both without the lock is safe after the put: a worker that stops being idle either retires, under the lock and
+        # only if the queue is empty, or takes a job, and then looks at the backlog itself.
+        if self.idle or self.starting:
+            return
         try:
             self._hire()
         except RuntimeError:
@@ -110,12 +114,16 @@ class Workers(_primitives.Room):
     def _work(self) -> None:
         thread = threading.current_thread()
         with self.enter(): self._arrived_locked()
-        while (job := self._next_job()) is not None:
-            self._run(job)
-            del job
+        job = self._wait_for_job()
+        while job is not None:
+            with self.enter(): self._busy_locked()
+            while job is not None:
+                self._run(job)
+                job = self._another_job()
             if thread.name != IDLE_NAME:
                 thread.name = IDLE_NAME
             with self.enter(): self._idle_locked()
+            job = self._wait_for_job()
 
     def _arrived_locked(self) -> None:
         self.starting -= 1
@@ -125,21 +133,25 @@ class Workers(_primitives.Room):
     def _idle_locked(self) -> None:
         self.idle += 1
 
-    def _next_job(self) -> Job | None:
+    def _busy_locked(self) -> None:
+        self.idle -= 1
+
+    def _another_job(self) -> Job | None:
+        """What is waiting already; a worker that finds something does not become idle."""
+        try:
+            return self.jobs.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _wait_for_job(self) -> Job | None:
         """Wait for a job; None when this worker should end."""
         while True:
             try:
-                job = self.jobs.get(timeout=IDLE_SECONDS)
+                return self.jobs.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 with self.enter(): ends = self._retire_locked()
                 if ends:
                     return None
-                continue
-            with self.enter(): self._busy_locked()
-            return job
-
-    def _busy_locked(self) -> None:
-        self.idle -= 1
 
     def _retire_locked(self) -> bool:
         if not self.jobs.empty():
@@ -150,7 +162,8 @@ class Workers(_primitives.Room):
 
     def _run(self, job: Job) -> None:
         try:
-            self._hire()
+            if not (self.idle or self.starting or self.jobs.empty()):
+                self._hire()
         except RuntimeError as error:
             # The backlog waits for the jobs that run now; say so, it may be a deadlock of somebody's.
             events.emit(events.ThreadFailed(IDLE_NAME, error))

@@ -9,6 +9,7 @@ import contextlib
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple
 
+from tokenscope._core import token as tokens
 from tokenscope._core.current import current_token, effective_token, standing_back, use_token
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from tokenscope._core.token import CancellationToken
 
-__all__ = ["Binding", "under"]
+__all__ = ["Binding", "decided_by_token", "under"]
 
 # The token that `under` made current: the user named it (or a parent of it) himself.
 _named: ContextVar[CancellationToken | None] = ContextVar("tokenscope_named_token", default=None)
@@ -48,3 +49,20 @@ def under(explicit: CancellationToken | None) -> Iterator[None]:
             yield
         finally:
             _named.set(before)
+
+
+@contextlib.contextmanager
+def decided_by_token() -> Iterator[None]:
+    """A checkpoint before and, if it fails, after: under a cancelled token every failure is the cancel's doing.
+
+    Raises:
+        Cancelled: The current token is cancelled; the failure, if there was one, is the ``__cause__``.
+    """
+    token = current_token()
+    token.check()
+    try:
+        yield
+    except Exception as error:
+        tokens.expire_if_due(token)
+        tokens.raise_if_cancelled(token, error)
+        raise

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
 from urllib3 import connection, exceptions
 from urllib3.util import connection as util_connection
 
+from tokenscope._core._typing import override
+from tokenscope._core.errors import Cancelled
 from tokenscope.integrations._urllib3_binding import Binding
 from tokenscope.net import Guard, GuardedSocket, connect
 
 __all__ = ["GuardedConnection", "GuardedHTTPConnection", "GuardedHTTPSConnection"]
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     _Base = connection.HTTPConnection
 else:
     _Base = object
@@ -50,14 +54,36 @@ class GuardedConnection(_Base):
     @override
     def connect(self) -> None:
         """Connect, through a proxy and with a TLS handshake where needed, or raise what the token says."""
-        try:
-            super().connect()
-        except Exception as error:
-            self._look(error)
-            raise
-        self._look()  # a CONNECT answer that was cut in half looks complete
+        with self._closed_if_cancelled():
+            try:
+                super().connect()
+            except Exception as error:
+                self._look(error)
+                raise
+            self._look()  # a CONNECT answer that was cut in half looks complete
         if self._guard is not None:
             self.sock = GuardedSocket(self.sock, self._guard)
+
+    @override
+    def send(self, data: Any) -> None:
+        """Send a part of the request, or raise what the token says."""
+        with self._closed_if_cancelled():
+            super().send(data)
+
+    @override
+    def getresponse(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait for the head of the response, or raise what the token says."""
+        with self._closed_if_cancelled():
+            return super().getresponse(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _closed_if_cancelled(self) -> Iterator[None]:
+        """Close right away: some callers (requests 2.28) clean up after an `Exception` only."""
+        try:
+            yield
+        except Cancelled:
+            self.close()
+            raise
 
     def _look(self, error: BaseException | None = None) -> None:
         if self._guard is not None:

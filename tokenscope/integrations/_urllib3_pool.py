@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
 from urllib3 import connection, connectionpool
 from urllib3.util import Retry
 
-from tokenscope._core import token as tokens
-from tokenscope._core.current import current_token
+from tokenscope._core._typing import override
 from tokenscope._core.errors import TokenScopeError
+from tokenscope.integrations._urllib3_binding import decided_by_token
 from tokenscope.integrations._urllib3_connection import (
     GuardedConnection,
     GuardedHTTPConnection,
@@ -56,17 +55,11 @@ class GuardedPool(_Base):
         Raises:
             Cancelled: The token is cancelled. The transport's error, if it came to one, is the ``__cause__``.
         """
-        token = current_token()
-        token.check()
         if not isinstance(retries, Retry):
             retries = Retry.from_int(retries, redirect=redirect, default=self.retries)
-        try:
+        # Also the wait for a slot ends here: as EmptyPoolError, for which alone urllib3 puts no slot back.
+        with decided_by_token():
             return super().urlopen(method, url, body, headers, cancellable(retries), redirect, *args, **kwargs)
-        except Exception as error:
-            # Also the wait for a slot ends here: as EmptyPoolError, for which alone urllib3 puts no slot back.
-            tokens.expire_if_due(token)
-            tokens.raise_if_cancelled(token, error)
-            raise
 
     @override
     def _get_conn(self, timeout: float | None = None) -> Any:

@@ -6,10 +6,9 @@ import queue
 from collections import deque
 from typing import Any
 
-from typing_extensions import override
-
 from tokenscope._core import _primitives, clock
 from tokenscope._core import token as tokens
+from tokenscope._core._typing import override
 from tokenscope._core.current import current_token
 
 __all__ = ["SlotQueue"]

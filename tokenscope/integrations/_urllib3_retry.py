@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from urllib3.util import Retry
@@ -19,8 +18,6 @@ else:
 
 class _CancellableSleep(_Base):
     """Sleeps under the current token, both for ``Retry-After`` and between attempts."""
-
-    __slots__ = ()
 
     def sleep(self, response: Any = None) -> None:
         """Wait as the server or the backoff says, or raise `Cancelled`."""
@@ -55,8 +52,8 @@ def cancellable(retries: Retry) -> Retry:
     twin = _twins[kind]
     if twin is None:
         return retries
-    copied = copy.copy(retries)
-    copied.__class__ = twin
+    copied = twin.__new__(twin)
+    vars(copied).update(vars(retries))
     return copied
 
 

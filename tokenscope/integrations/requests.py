@@ -13,12 +13,10 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
-
-from tokenscope._core.current import check
+from tokenscope._core._typing import override
 from tokenscope._core.errors import TokenScopeError
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._urllib3_binding import under
+from tokenscope.integrations._urllib3_binding import decided_by_token, under
 from tokenscope.integrations.urllib3 import guard_manager, is_guarded
 
 with needs("requests"):
@@ -70,8 +68,7 @@ class CancellableAdapter(HTTPAdapter):
     @override
     def send(self, *args: Any, **kwargs: Any) -> requests.Response:
         """Send one request (of perhaps several, if redirected), or raise what the token says."""
-        with under(self.token):
-            check()
+        with under(self.token), decided_by_token():
             return super().send(*args, **kwargs)
 
 
@@ -130,8 +127,8 @@ _instrumented: weakref.WeakSet[HTTPAdapter] = weakref.WeakSet()
 def _instrumented_send(adapter: HTTPAdapter, *args: Any, **kwargs: Any) -> requests.Response:
     if not is_guarded(adapter.poolmanager):
         _instrument_adapter(adapter)
-    check()
-    return _plain_send(adapter, *args, **kwargs)
+    with decided_by_token():
+        return _plain_send(adapter, *args, **kwargs)
 
 
 def _instrument_adapter(adapter: HTTPAdapter) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import socket
 
-    from typing_extensions import Buffer, override
+    from typing_extensions import Buffer
 
+    from tokenscope._core._typing import override
     from tokenscope.net.guard import Guard
 else:
-    from typing_extensions import override
+    from tokenscope._core._typing import override
 
 __all__ = ["GuardedReader", "GuardedSocket"]
 

@@ -1,0 +1,301 @@
+"""One request, as every web integration sees it: its scope, its client, its context.
+
+A server calls the app, then ``next`` and ``close`` of the body, from where it likes; the thread then serves
+the next request. So all of these run in one copied ``Context``, in which the scope is entered and left: the
+current token is right at every step, and nothing of it is ever seen by the next request on that thread.
+
+How a request ends, in order: scopes left (children joined, still watched: a hang-up shortens this too) ->
+watch closed, before the server can end the connection -> outcome judged (`_answers`) -> told.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from typing_extensions import ParamSpec
+
+from tokenscope._core import clock, events, workers
+from tokenscope._core.reasons import CancelKind
+from tokenscope._core.report import ScopeReport, TaskCounts
+from tokenscope._core.scope import ThreadScope
+from tokenscope._core.token import cancel_from_library
+from tokenscope.integrations._answers import Answer, answer_for, judge
+from tokenscope.integrations._hangup import Hangup
+from tokenscope.watch import HalfClose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping
+
+    from tokenscope._core.reasons import CancelReason
+
+__all__ = ["SCOPE_KEY", "Methods", "Part", "Request", "Settings", "current_request"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Methods = Literal["safe", "all"]
+
+#: Where a request's scope is found in the environ.
+SCOPE_KEY = "tokenscope.scope"
+
+#: What a hang-up cancels unasked: they change nothing, so nothing is left half done.
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+_REMEDY = "to stop such work, decorate the view with @cancellable, or give the middleware methods='all'"
+
+#: Cancels by which a scope stops what is left of itself: the request failed, or was done; it was not
+# cancelled.
+_HOUSEKEEPING = (CancelKind.BODY_FAILED, CancelKind.SIBLING_FAILED, CancelKind.SCOPE_ENDED)
+
+_current: ContextVar[Request | None] = ContextVar("tokenscope_request", default=None)
+
+
+def current_request() -> Request | None:
+    """The request that this code serves, if an integration guards it."""
+    request = _current.get()
+    return None if request is None or request.ended else request
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an app says once about all of its requests; checked when it is made.
+
+    Raises:
+        ValueError, TypeError: A bad value, named.
+    """
+
+    timeout: float | None = None
+    half_close: HalfClose = "cancel"
+    methods: Methods = "safe"
+    max_threads: int | None = None
+    grace: float = 5.0
+    on_straggler: Literal["wait", "abandon"] = "wait"
+
+    def __post_init__(self) -> None:
+        _check_timeout(self.timeout)
+        _check_word("half_close", self.half_close, get_args(HalfClose))
+        _check_word("methods", self.methods, get_args(Methods))
+        self.make_scope("a check of its arguments")
+
+    def make_scope(self, name: str) -> ThreadScope:
+        """A scope with these settings."""
+        return ThreadScope(
+            name=name,
+            timeout=self.timeout,
+            max_threads=self.max_threads,
+            grace=self.grace,
+            on_straggler=self.on_straggler,
+        )
+
+    def arms(self, method: str) -> bool:
+        """Whether a hang-up cancels requests of this method, without the view saying so."""
+        return self.methods == "all" or method in SAFE_METHODS
+
+
+def _check_timeout(timeout: object) -> None:
+    if clock.validate_timeout(timeout) == 0:
+        raise ValueError(
+            "timeout must be more than 0 seconds, or None for no limit: 0 would end every request at once"
+        )
+
+
+def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, not {value!r}")
+
+
+class Request:
+    """See the module's head. Used by one thread at a time, as a server does; `arm` and its token by any."""
+
+    __slots__ = ("_context", "_parts", "_settings", "_work", "ended", "endpoint", "hangup", "scope")
+
+    def __init__(self, environ: MutableMapping[str, Any], settings: Settings) -> None:
+        method = environ.get("REQUEST_METHOD", "GET")
+        #: For people: names the scope, the events and the log line. A framework may put its route here.
+        self.endpoint = f"{method} {environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
+        self.scope = settings.make_scope(self.endpoint)
+        self.ended = False
+        self._settings = settings
+        self._context = copy_context()
+        self._parts: list[Part] = []
+        self._work = 0.0  # seconds of the app's own code after the cancel
+        self._context.run(self._enter, environ)
+        self.hangup = Hangup(self.scope.token)
+
+    def _enter(self, environ: MutableMapping[str, Any]) -> None:
+        self.scope.__enter__()
+        _current.set(self)
+        environ[SCOPE_KEY] = self.scope
+
+    def run(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run one step of the request in its context."""
+        return self._context.run(step, *args, **kwargs)
+
+    def watch(self, environ: MutableMapping[str, Any]) -> None:
+        """Begin to watch the client. One that has gone already, of an armed request, is noticed at once."""
+        if self._settings.arms(environ.get("REQUEST_METHOD", "GET")):
+            self.hangup.arm()
+        self.hangup.begin(environ, self._settings.half_close)
+        self.hangup.look()
+
+    def timed(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call code of the app's; what it does after the cancel is counted."""
+        start = clock.wall()
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            reason = self.scope.token.reason
+            if reason is not None:
+                self._work += max(0.0, clock.wall() - max(start, reason.at))
+
+    def part(self, environ: MutableMapping[str, Any], timeout: float | None) -> Part:
+        """Open a scope inside of the request's, in the request's context."""
+        made = Part(self, environ, replace(self._settings, timeout=timeout).make_scope(self.endpoint))
+        self._parts.append(made)
+        return made
+
+    # --- the end
+    # ------------------------------------------------------------------------------------------------
+
+    def end(
+        self, error: BaseException | None, *, status: int = 0, keep_deadline: bool = False
+    ) -> Answer | None:
+        """Leave the request's scope with what came of the app. Runs in the request's context, once.
+
+        Args:
+            error: What the app raised, if it did.
+            status: What the app answered, for the log.
+            keep_deadline: Raise the request's own `DeadlineExceeded` instead of answering 504.
+
+        Returns:
+            What the client is told instead of the app's own answer, because the request was cancelled; else
+            None.
+
+        Raises:
+            BaseException: What the app or its children raised, if it was no cancel.
+        """
+        try:
+            error = self._leave(error)
+        finally:
+            self.ended = True
+            self.hangup.end()
+        answer, told = None, _BROKEN_STATUS
+        try:
+            answer = self._judge(error, keep_deadline=keep_deadline)
+            told = answer.status if answer else status
+        finally:
+            self._tell(told)
+        return answer
+
+    def _leave(self, error: BaseException | None) -> BaseException | None:
+        for part in reversed(self._parts):
+            if part.open:  # its response was thrown away before anybody closed it
+                part.scope.cancel("the response was discarded", kind=CancelKind.SCOPE_ENDED)
+                error = part.leave(error)
+        return left(self.scope, error)
+
+    def _judge(self, error: BaseException | None, *, keep_deadline: bool) -> Answer | None:
+        if error is not None:
+            return judge(error, self._own_reasons(), self.endpoint, keep_deadline=keep_deadline)
+        reason = self.scope.token.reason
+        return answer_for(reason) if self.scope.cancelled_caught and reason is not None else None
+
+    def give_up(self) -> None:
+        """The server closes the body before its end: nobody waits for the rest."""
+        kind = CancelKind.CLIENT_DISCONNECTED if self.hangup.armed else CancelKind.SCOPE_ENDED
+        cancel_from_library(self.scope.token, "the server closed the response before its end", kind=kind)
+
+    def drop(self) -> None:
+        """The body was dropped without ``close()``. For finalizers: the rest is done by a worker."""
+        self.hangup.end()
+        workers.submit(functools.partial(_cancel_dropped, self.scope))
+
+    # --- telling
+    # ------------------------------------------------------------------------------------------------
+
+    def _scopes(self) -> list[ThreadScope]:
+        return [self.scope, *(part.scope for part in self._parts)]
+
+    def owns(self, reason: CancelReason | None) -> bool:
+        """Whether one of this request's scopes was cancelled with this very reason."""
+        return any(reason is mine for mine in self._own_reasons())
+
+    def _own_reasons(self) -> list[CancelReason]:
+        return [scope.token.reason for scope in self._scopes() if scope.token.reason is not None]
+
+    def _tell(self, status: int) -> None:
+        self.hangup.complain(self.endpoint, _REMEDY)
+        reasons = [reason for reason in self._own_reasons() if reason.kind not in _HOUSEKEEPING]
+        if reasons and events.wants(events.RequestCancelled):
+            events.emit(events.RequestCancelled(self.endpoint, status, self._report(reasons[0])))
+
+    def _report(self, reason: CancelReason) -> ScopeReport:
+        """One report for all scopes of the request; the app's own code counts like a child's."""
+        reports = [scope.report for scope in self._scopes()]
+        first = reports[0]
+        return replace(
+            first,
+            reason=reason,
+            tasks=TaskCounts(
+                *(sum(getattr(r.tasks, slot) for r in reports) for slot in TaskCounts.__slots__)
+            ),
+            errors=tuple({id(error): error for r in reports for error in r.errors}.values()),
+            stragglers={name: stack for r in reports for name, stack in r.stragglers.items()},
+            orphans=tuple(name for r in reports for name in r.orphans),
+            late_events=_sum_up([r.late_events for r in reports]),
+            stop_duration=max(0.0, clock.wall() - reason.at),
+            post_cancel_work=self._work + sum(r.post_cancel_work for r in reports),
+        )
+
+
+class Part:
+    """A scope inside a request's, around what a framework's error handlers guard.
+
+    It may stay open for a stream. While it is open it is what the environ calls the request's scope.
+    """
+
+    __slots__ = ("_environ", "_outer", "open", "scope")
+
+    def __init__(self, request: Request, environ: MutableMapping[str, Any], scope: ThreadScope) -> None:
+        self.scope = scope.__enter__()
+        self.open = True
+        self._environ = environ
+        self._outer = environ.get(SCOPE_KEY, request.scope)
+        environ[SCOPE_KEY] = scope
+
+    def leave(self, error: BaseException | None) -> BaseException | None:
+        """Leave the scope; what came out of it, or None. Once."""
+        self.open = False
+        self._environ[SCOPE_KEY] = self._outer
+        return left(self.scope, error)
+
+    def answer(self) -> Answer | None:
+        """The status for a scope that was cancelled by itself and absorbed it."""
+        reason = self.scope.token.reason
+        return answer_for(reason) if self.scope.cancelled_caught and reason is not None else None
+
+
+_BROKEN_STATUS = 500
+
+
+def left(scope: ThreadScope, error: BaseException | None) -> BaseException | None:
+    """Leave ``scope`` with ``error``; what comes out of it, or None."""
+    try:
+        absorbed = scope.__exit__(
+            type(error) if error else None, error, error.__traceback__ if error else None
+        )
+    except BaseException as raised:  # the outcome: whoever called decides what becomes of it
+        return raised
+    return None if absorbed else error
+
+
+def _cancel_dropped(scope: ThreadScope) -> None:
+    cancel_from_library(scope.token, "the response was dropped without close()", kind=CancelKind.SCOPE_ENDED)
+
+
+def _sum_up(counts: list[Any]) -> dict[str, int]:
+    return {
+        what: sum(c.get(what, 0) for c in counts) for what in dict.fromkeys(key for c in counts for key in c)
+    }

@@ -103,6 +103,21 @@ def never_reads_body(exchange: Exchange) -> None:
     exchange.hang()
 
 
+def reads_body_late(exchange: Exchange) -> None:
+    """As `never_reads_body`, but after two seconds read on until the end.
+
+    A reset that meets a full receive window is lost once in a thousand times (the kernel drops it as out of the window); the
+    sender is gone by then, so only a peer that reads again learns of it.
+    """
+    exchange.read_request(body=False)
+    exchange.peer.reached.set()
+    exchange.pause(2.0)
+    try:
+        exchange.read_all()
+    finally:
+        exchange.peer.closed.set()
+
+
 def redirect_body_hangs(exchange: Exchange) -> None:
     """Send a redirect whose own body never ends."""
     exchange.read_request()

@@ -187,6 +187,16 @@ class Exchange:
             self._more()
         return self._buffer.split(b" ", 2)[1].decode("latin-1")
 
+    def read_all(self) -> None:
+        """Read and drop what comes, up to the end.
+
+        Raises:
+            Gone: The end has come.
+        """
+        while True:
+            self._buffer = b""
+            self._more()
+
     def send(self, *parts: bytes) -> None:
         """Send, all at once."""
         self.sock.sendall(b"".join(parts))

@@ -121,6 +121,8 @@ class Crew(_primitives.Room):
             self.run(self._dispatch_locked, task)
             if task in self.ready:  # it has to wait: then a cancel must be able to end it there
                 task._queued = task.token.on_cancel(self.reap)
+                if task.done():  # meanwhile; then `ended` could not close it
+                    task._queued.close(wait=False)
         if events.wants(events.TaskSpawned):
             events.emit(events.TaskSpawned(self.name, task.name))
 

@@ -69,7 +69,7 @@ class Alarm(weakref.ref[Any]):
 class Timer(_primitives.Room):
     """The heap and its thread. There is one for the process: `timer`."""
 
-    __slots__ = ("_order", "bell", "heap", "planned", "posted", "running", "stale")
+    __slots__ = ("_order", "bell", "draining", "heap", "planned", "posted", "running", "stale")
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +80,7 @@ class Timer(_primitives.Room):
         self.heap: list[tuple[float, int, Alarm]] = []  # changes under the lock
         self.planned = float("inf")  # when the thread means to wake; changes under the lock
         self.running = False  # changes under the lock
+        self.draining = False  # changes under the lock
 
     def add(self, alarm: Alarm) -> None:
         """Have ``alarm`` rung at its time. Thread-safe, also in signal handlers.
@@ -153,19 +154,25 @@ class Timer(_primitives.Room):
             events.emit(events.ThreadFailed(THREAD_NAME, error))
 
     def _retire(self, idle_since: float) -> bool:
-        if clock.now() - idle_since < IDLE_SECONDS:
+        if clock.now() - idle_since < IDLE_SECONDS and not self.draining:
             return False
         with self.enter(): return self._retire_locked()
 
     def _retire_locked(self) -> bool:
         if self.heap or self.posted:
             return False
-        self.running = False
+        self.running = self.draining = False
         return True
 
     def drain(self) -> None:
-        """End the thread if it has nothing to wait for (for leak checks)."""
-        with self.enter(): self._clear_locked()
+        """Ask the thread to end now if it has nothing to wait for (for leak checks). Returns at once."""
+        with self.enter(): self._drain_locked()
+
+    def _drain_locked(self) -> None:
+        self.heap[:] = [entry for entry in self.heap if not entry[2].off and entry[2]() is not None]
+        heapq.heapify(self.heap)
+        self.draining = not self.heap
+        self.bell.wake()
 
     @override
     def _after_fork_locked(self) -> None:

@@ -44,6 +44,7 @@ IDLE_NAME = "tokenscope-idle"
 IDLE_SECONDS = 10.0
 
 Job = list["Callable[[], object]"]  # a cell with one callable, or empty when somebody took it
+_LEAVE: Job = []  # asks an idle worker to end
 
 
 class Workers(_primitives.Room):
@@ -139,26 +140,45 @@ class Workers(_primitives.Room):
     def _another_job(self) -> Job | None:
         """What is waiting already; a worker that finds something does not become idle."""
         try:
-            return self.jobs.get_nowait()
+            job = self.jobs.get_nowait()
         except queue.Empty:
             return None
+        if job is _LEAVE:  # meant for somebody idle, which this one is about to be
+            self.jobs.put(job)
+            return None
+        return job
 
     def _wait_for_job(self) -> Job | None:
         """Wait for a job; None when this worker should end."""
         while True:
             try:
-                return self.jobs.get(timeout=IDLE_SECONDS)
+                job = self.jobs.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 with self.enter(): ends = self._retire_locked()
                 if ends:
                     return None
+                continue
+            if job is not _LEAVE:
+                return job
+            with self.enter(): self._leave_locked()
+            if not self.idle and not self.jobs.empty():
+                self._hire()  # a job may have come in behind the request to leave
+            return None
 
     def _retire_locked(self) -> bool:
         if not self.jobs.empty():
             return False
+        self._leave_locked()
+        return True
+
+    def _leave_locked(self) -> None:
         self.idle -= 1
         self.threads -= 1
-        return True
+
+    def drain(self) -> None:
+        """Ask all idle workers to end now (for leak checks). Returns at once."""
+        for _ in range(self.idle):
+            self.jobs.put(_LEAVE)
 
     def _run(self, job: Job) -> None:
         try:

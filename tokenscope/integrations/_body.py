@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tokenscope._core.current import check
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from tokenscope.integrations._answers import Answer
     from tokenscope.integrations._request import Request
@@ -46,11 +46,11 @@ class Body:
 
     __slots__ = ("_begun", "_chunks", "_drained", "_ended", "_head", "_inner", "_request", "_sent")
 
-    def __init__(self, request: Request, inner: Iterable[bytes], head: Head) -> None:
+    def __init__(self, request: Request, inner: Iterable[Any], head: Head) -> None:
         self._ended = True  # until all is in place: `__del__` looks at it
         self._request = request
         self._inner = inner
-        self._chunks = iter(inner)
+        self._chunks: Iterator[Any] = iter(inner)
         self._head = head
         self._sent = 0
         self._begun = False
@@ -60,11 +60,11 @@ class Body:
     def __iter__(self) -> Body:
         return self
 
-    def __next__(self) -> bytes:
+    def __next__(self) -> Any:
         """The next chunk; the end of a cancelled stream looks like any end here, and is told in the log."""
         return self._request.run(self._next)
 
-    def _next(self) -> bytes:
+    def _next(self) -> Any:
         if self._ended:
             raise StopIteration
         try:
@@ -80,7 +80,7 @@ class Body:
         self._deliver(chunk)
         return chunk
 
-    def _deliver(self, chunk: bytes) -> None:
+    def _deliver(self, chunk: Any) -> None:
         self._sent += len(chunk)
         if self._head.length is not None and self._sent >= self._head.length:
             self._no_more()

@@ -256,7 +256,7 @@ def _bare(app: flask.Flask, answer: Answer | None) -> flask.Response | None:
     return None if answer is None else app.response_class(status=answer.line)
 
 
-def _too_late(app: flask.Flask, late: DeadlineExceeded) -> Any:
+def _too_late(app: flask.Flask, late: DeadlineExceeded) -> flask.Response:
     """What the app's error handlers make of it; without one, a 504 (for which the app may have one, too)."""
     try:
         return app.make_response(_handled(app, late))

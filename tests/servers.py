@@ -1,8 +1,8 @@
 """Real WSGI servers, each in a process of its own, and clients that misbehave on purpose.
 
 `serve("waitress", "folder/file.py:factory", ...)` starts a server on a free port. The factory gets
-`say(what, **facts)`, which writes a line into the server's journal, and returns the WSGI app. The test reads the
-journal (`expect`) instead of sleeping.
+`say(what, **facts)`, which writes a line into the server's journal, and returns the WSGI app. The test reads
+the journal (`expect`) instead of sleeping.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import sys
 import time
 from fcntl import fcntl
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 KINDS = ("gunicorn-sync", "gunicorn-gthread", "waitress", "werkzeug", "wsgiref")
 THREADED = tuple(kind for kind in KINDS if kind != "gunicorn-sync")
@@ -123,7 +123,7 @@ class Client:
         self.socket.connect(address)
         self._rest = b""
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -258,7 +258,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise AssertionError("the server did not end within 10 s after SIGTERM") from None
 
 
-# --- inside the server's process ---------------------------------------------------------------------------------
+# --- inside the server's process ----------------------------------------------------------------------------
 
 
 def app_from_environment() -> Any:
@@ -282,7 +282,7 @@ def query(environ: dict[str, Any]) -> dict[str, str]:
 
 
 def census() -> dict[str, Any]:
-    """Return what this process holds: threads by name, and descriptors, without those of the journal's reader."""
+    """Return what this process holds: its threads by name, and the number of its descriptors."""
     import threading
 
     return {

@@ -35,7 +35,7 @@ FLOORS = {
     9: "observe remote agents",
     10: "integrations testing instrument",
     11: "",  # the front door, `tokenscope` itself: it names what is below and has no logic
-    12: "cli __main__",  # who uses the library as everybody does, through the front door
+    12: "cli < __main__",  # who uses the library as everybody does, through the front door
 }
 DOOR = "tokenscope"
 

@@ -1,10 +1,10 @@
-"""One request served by hand, step by step, as a server would; the client is the other end of a socket pair."""
+"""One request served by hand, step by step, as a server does; its client is one end of a socket pair."""
 
 from __future__ import annotations
 
 import io
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,7 +40,7 @@ class Exchange:
             **environ,
         }
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

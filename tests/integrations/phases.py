@@ -1,6 +1,7 @@
 """Every phase of a request in which a client can be blocked, each with a peer that makes it so.
 
-A phase is a context manager that yields a `Stage`: the call to make, how to know that it is blocked, and who looks on.
+A phase is a context manager that yields a `Stage`: the call to make, how to know that it is blocked, and who
+looks on.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class Stage:
 Phase = Callable[[Bench], AbstractContextManager[Stage]]
 
 
-def simple(script: play.Script, read: Callable[[Any], object] | None = None, method: str = "GET", **options: Any) -> Phase:
+def simple(
+    script: play.Script, read: Callable[[Any], object] | None = None, method: str = "GET", **options: Any
+) -> Phase:
     """One request to one peer; ``read`` reads the streamed response, without it requests does."""
 
     @contextmanager
@@ -84,7 +87,11 @@ def simple(script: play.Script, read: Callable[[Any], object] | None = None, met
 
         def call() -> object:
             response = session.request(
-                method, peer.url(), timeout=bench.timeout, stream=read is not None, **{k: v() for k, v in options.items()}
+                method,
+                peer.url(),
+                timeout=bench.timeout,
+                stream=read is not None,
+                **{k: v() for k, v in options.items()},
             )
             return read(response) if read else response.content
 
@@ -125,7 +132,8 @@ def name_lookup(bench: Bench) -> Iterator[Stage]:
         scheme = "https" if bench.authority else "http"
         try:
             yield Stage(
-                lambda: bench.session().get(f"{scheme}://a-name.test/", timeout=bench.timeout), lambda _: wait_for(asked)
+                lambda: bench.session().get(f"{scheme}://a-name.test/", timeout=bench.timeout),
+                lambda _: wait_for(asked),
             )
         finally:
             answer.set()
@@ -138,7 +146,8 @@ def tcp_connect(bench: Bench) -> Iterator[Stage]:
     with FullBacklog() as backlog:
         url = backlog.url(scheme="https" if bench.authority else "http")
         yield Stage(
-            lambda: bench.session().get(url, timeout=bench.timeout), lambda _: wait_until(lambda: backlog.connecting() == 1)
+            lambda: bench.session().get(url, timeout=bench.timeout),
+            lambda _: wait_until(lambda: backlog.connecting() == 1),
         )
 
 
@@ -150,7 +159,9 @@ def proxied(script: play.Script) -> Phase:
         proxy, session = bench.exits.enter_context(Peer(script)), bench.session()
         session.proxies = {"https": proxy.url()}
         yield Stage(
-            lambda: session.get("https://127.0.0.1:1/", timeout=bench.timeout), lambda _: wait_for(proxy.reached), proxy
+            lambda: session.get("https://127.0.0.1:1/", timeout=bench.timeout),
+            lambda _: wait_for(proxy.reached),
+            proxy,
         )
 
     return phase
@@ -162,7 +173,9 @@ def through_tunnel(bench: Bench) -> Iterator[Stage]:
     proxy = bench.exits.enter_context(Peer(play.tunnels))
     peer, session = bench.peer(play.hangs_before_headers), bench.session()
     session.proxies = {"https": proxy.url()}
-    yield Stage(lambda: session.get(peer.url(), timeout=bench.timeout), lambda _: wait_for(peer.reached), peer)
+    yield Stage(
+        lambda: session.get(peer.url(), timeout=bench.timeout), lambda _: wait_for(peer.reached), peer
+    )
 
 
 @contextmanager
@@ -182,7 +195,9 @@ def redirect_target(bench: Bench) -> Iterator[Stage]:
     """The first server redirects to one that hangs."""
     target = bench.peer(play.hangs_before_headers)
     first, session = bench.peer(play.redirects_to(target.url())), bench.session()
-    yield Stage(lambda: session.get(first.url(), timeout=bench.timeout), lambda _: wait_for(target.reached), target)
+    yield Stage(
+        lambda: session.get(first.url(), timeout=bench.timeout), lambda _: wait_for(target.reached), target
+    )
 
 
 def retried(script: play.Script, requests: int, **policy: Any) -> Phase:
@@ -194,7 +209,9 @@ def retried(script: play.Script, requests: int, **policy: Any) -> Phase:
         peer, session = bench.peer(script), bench.session(max_retries=retries)
         yield Stage(
             lambda: session.get(peer.url(), timeout=bench.timeout),
-            lambda attempt: wait_until(lambda: blocked_in(attempt.thread, "_pause") and peer.requests == requests),
+            lambda attempt: wait_until(
+                lambda: blocked_in(attempt.thread, "_pause") and peer.requests == requests
+            ),
             peer,
             requests,
             sees_close=False,  # the answer was complete: the connection is idle in the pool

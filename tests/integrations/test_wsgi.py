@@ -7,7 +7,7 @@ import gc
 import io
 import logging
 import threading
-import warnings
+import time
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import FileWrapper
 from wsgiref.validate import validator
@@ -64,6 +64,11 @@ def block() -> None:
     raise AssertionError("nobody cancelled this")
 
 
+def stopped(report: tokenscope.ScopeReport) -> int:
+    """How many tasks were stopped, started or not."""
+    return report.tasks.cancelled + report.tasks.never_started
+
+
 def hang_up_in_a_moment(ask: Exchange) -> threading.Event:
     """Have the client leave as soon as the returned event is set."""
     now = threading.Event()
@@ -76,7 +81,7 @@ def hang_up_in_a_moment(ask: Exchange) -> threading.Event:
     return now
 
 
-# --- the scope ----------------------------------------------------------------------------------------------------
+# --- the scope ----------------------------------------------------------------------------------------------
 
 
 def test_the_scope_is_in_the_environ_and_current() -> None:
@@ -157,7 +162,7 @@ def test_two_middlewares_share_one_scope() -> None:
 
 
 def test_it_speaks_wsgi_by_the_book() -> None:
-    """wsgiref's validator on both sides of the middleware has nothing to say, for lists and for streams."""
+    """The validator of wsgiref, on both sides of the middleware, has nothing to say."""
 
     def app(_environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", TEXT)
@@ -170,7 +175,7 @@ def test_it_speaks_wsgi_by_the_book() -> None:
         assert b"".join(ask.body) == b"ab"
 
 
-# --- hang-ups -----------------------------------------------------------------------------------------------------
+# --- hang-ups -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
@@ -278,6 +283,7 @@ def test_a_wrong_explicit_socket_is_told_and_does_not_break_the_request() -> Non
 
 def test_a_cancel_that_came_too_late_changes_nothing() -> None:
     """A view that had finished its work when the client left is answered as it wanted."""
+
     def view() -> list[bytes]:
         ask.hang_up()
         assert current_token().wait(PATIENCE)
@@ -288,7 +294,7 @@ def test_a_cancel_that_came_too_late_changes_nothing() -> None:
         assert ask.status == "200 OK"
 
 
-# --- endings ------------------------------------------------------------------------------------------------------
+# --- endings ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -323,7 +329,7 @@ def test_the_timeout_becomes_a_504() -> None:
 
 
 def test_a_cancel_from_above_becomes_a_status_too() -> None:
-    """A token around the server (a shutdown of the process) reaches the request, and stops at the middleware."""
+    """A token around the server (the process is shut down) reaches the request, and stops there."""
     process = CancellationToken(name="process")
 
     def view() -> None:
@@ -353,7 +359,9 @@ def group(*raisers: Callable[[], object]) -> None:
     raise BaseExceptionGroup("several", errors)
 
 
-@pytest.mark.parametrize("view", [foreign, lambda: group(foreign), lambda: group(lambda: group(foreign, foreign))])
+@pytest.mark.parametrize(
+    "view", [foreign, lambda: group(foreign), lambda: group(lambda: group(foreign, foreign))]
+)
 def test_a_foreign_cancel_becomes_a_500_and_an_event(view: Callable[[], None]) -> None:
     """A Cancelled that is not the request's own stops here, and the event names where it came from."""
     with heard(events.ForeignCancel) as told, Exchange(app_of(view), path="/f") as ask:
@@ -413,16 +421,21 @@ def test_one_log_line_per_cancelled_request(caplog: pytest.LogCaptureFixture) ->
     """The line has the reason, the stop time, the work after the cancel, orphans and late events."""
 
     def view() -> None:
-        child = current_scope().spawn(threading.Event().wait, 0.05)
-        now.set()
-        child.result()
+        current_scope().spawn(lambda: (now.set(), threading.Event().wait(0.05))).result()
 
     with caplog.at_level(logging.INFO, "tokenscope"), Exchange(app_of(view), path="/l") as ask:
         now = hang_up_in_a_moment(ask)
         ask.serve()
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
-    for part in ("endpoint=GET /l", "status=499", "client_disconnected", "stop_ms=", "orphans=0", "late_events="):
+    for part in (
+        "endpoint=GET /l",
+        "status=499",
+        "client_disconnected",
+        "stop_ms=",
+        "orphans=0",
+        "late_events=",
+    ):
         assert part in lines[0]
     assert float(lines[0].split("post_cancel_work_ms=")[1].split()[0]) > 10
 
@@ -440,7 +453,7 @@ def test_a_request_that_failed_is_not_logged_as_cancelled() -> None:
     assert not told
 
 
-# --- bodies -------------------------------------------------------------------------------------------------------
+# --- bodies -------------------------------------------------------------------------------------------------
 
 
 def test_a_list_leaves_untouched_and_after_the_children() -> None:
@@ -551,7 +564,7 @@ def test_a_begun_stream_ends_quietly() -> None:
 
 
 def test_a_stream_that_has_not_begun_is_answered() -> None:
-    """Cancelled before its first chunk, a stream's answer is the status, on any server: headers were kept back."""
+    """Cancelled before its first chunk, a stream is answered with the status: headers were kept back."""
 
     def view() -> Iterator[bytes]:
         now.set()
@@ -605,7 +618,7 @@ def test_an_error_in_a_stream_goes_on_unchanged() -> None:
     with Exchange(app_of(view)) as ask, pytest.raises(ValueError) as caught:
         ask.serve()
     assert caught.value is error
-    assert scopes[0].report.tasks.cancelled == 1
+    assert stopped(scopes[0].report) == 1
 
 
 def test_a_stream_ends_its_scope_at_close() -> None:
@@ -675,7 +688,7 @@ def test_a_body_closed_before_its_end_stops_what_made_it() -> None:
         assert next(iter(ask.body), None) is None
     assert closed == [True]
     assert [event.report.reason.kind for event in told] == ["client_disconnected"]
-    assert told[0].report.tasks.cancelled == 1
+    assert stopped(told[0].report) == 1
 
 
 def test_a_body_that_was_never_begun_is_closed_without_a_word() -> None:
@@ -692,9 +705,10 @@ def test_a_body_that_was_never_begun_is_closed_without_a_word() -> None:
 
 def test_a_body_that_is_dropped_gives_its_watch_back() -> None:
     """A server that forgets close() leaves no descriptor watched and no child running."""
-    ended = threading.Event()
+    started, ended = threading.Event(), threading.Event()
 
     def child() -> None:
+        started.set()
         try:
             block()
         finally:
@@ -702,21 +716,57 @@ def test_a_body_that_is_dropped_gives_its_watch_back() -> None:
 
     def view() -> Iterator[bytes]:
         current_scope().spawn(child)
+        assert started.wait(PATIENCE)
         yield b"x"
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # the scope rightly complains, too
-        with Exchange(app_of(view)) as ask:
-            ask.call()
-            next(iter(ask.body))
-            ask.body = ()
-            ask.environ.clear()
-            gc.collect()
-            assert ended.wait(PATIENCE)
+    with Exchange(app_of(view)) as ask:
+        ask.call()
+        next(iter(ask.body))
+        scope = ask.environ["tokenscope.scope"]
+        ask.body = ()
+        gc.collect()
+        assert ended.wait(PATIENCE)
+        wait_for_the_end(scope)
+    assert scope.report.outcome == "cancelled"
+
+
+def wait_for_the_end(scope: tokenscope.ThreadScope) -> None:
+    """Wait until a worker has left the scope."""
+    end = time.monotonic() + PATIENCE
+    while scope.report.outcome == "running" and time.monotonic() < end:
+        threading.Event().wait(0.001)
+
+
+def test_a_whole_body_that_is_dropped_ends_as_it_should() -> None:
+    """A client of a test that reads everything and forgets close() leaves no scope open and no warning."""
+
+    def fail() -> None:
+        assert go.wait(PATIENCE)
+        raise ValueError("in a child")
+
+    def view() -> Iterator[bytes]:
+        current_scope().spawn(fail)
+        yield b"x"
+
+    with heard(events.TaskFailed) as told:
+        for failing in (False, True):
+            go = threading.Event()
+            with Exchange(app_of(view if failing else lambda: iter([b"x"]))) as ask:
+                scope = ask.call().environ["tokenscope.scope"]
+                assert list(ask.body) == [b"x"]
+                ask.body = ()
+                gc.collect()
+                go.set()
+                wait_for_the_end(scope)
+            assert scope.report.outcome == ("failed" if failing else "succeeded")
+        unsent = time.monotonic() + PATIENCE
+        while not told and time.monotonic() < unsent:
+            threading.Event().wait(0.001)
+    assert [event.task for event in told] == ["a dropped response"]
 
 
 def test_what_a_body_raises_in_close_is_judged_like_the_rest() -> None:
-    """A checkpoint in the body's close() stops here; a failure goes on; a second error is a note on the first."""
+    """A checkpoint in a body's close() stops here, a failure goes on, a second one is a note."""
 
     class Closes:
         def __init__(self, chunks: list[Any], closing: Callable[[], object]) -> None:
@@ -763,7 +813,7 @@ def test_write_begins_the_response_too() -> None:
 
 
 def test_start_response_again() -> None:
-    """With exc_info the app may change its mind until the first chunk; without, or later, it is told as ever."""
+    """With exc_info the app may change its mind until the first chunk; without it, or later, it is told."""
 
     def changing(_environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", TEXT)
@@ -810,7 +860,7 @@ def test_bad_arguments_are_refused_at_construction(options: dict, error: type[Ex
 
 
 def test_an_endless_timeout_is_none() -> None:
-    """inf means no limit."""
+    """Inf means no limit."""
     with Exchange(app_of(lambda: [repr(current_token().deadline).encode()], timeout=float("inf"))) as ask:
         assert ask.serve() == b"None"
 

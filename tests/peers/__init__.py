@@ -10,8 +10,9 @@ A `Peer` listens on a loopback port and plays a *script* for each request, on a 
         peer.closed.wait(5)     # the server saw the client hang up
         assert peer.requests == 1
 
-With ``tls=authority()`` the same script is played behind a TLS handshake. A script is a function that takes an `Exchange`; the ones
-in `scripts` cover every phase of an HTTP exchange, and a test may write its own in three lines.
+With ``tls=authority()`` the same script is played behind a TLS handshake. A script is a function that takes
+an `Exchange`; the ones in `scripts` cover every phase of an HTTP exchange, and a test may write its own in
+three lines.
 """
 
 from peers.attempts import Attempt, blocked_in, wait_until

@@ -26,14 +26,20 @@ BODIES: dict[str, tuple[bytes, bytes]] = {
     "gzip": (b"Content-Encoding: gzip\r\nContent-Length: 1000\r\n", gzip.compress(b"y" * 5000)[:30]),
     "until-close": (b"Connection: close\r\n", b"part of something longer"),
     "close-length": (b"Connection: close\r\nContent-Length: 1000\r\n", b"z" * 100),
-    "sse": (b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n", b"e\r\ndata: token 1\n\r\n"),
+    "sse": (
+        b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n",
+        b"e\r\ndata: token 1\n\r\n",
+    ),
 }
 
 
-# --- scripts that answer ---------------------------------------------------------------------------------------------
+# --- scripts that answer
+# ---------------------------------------------------------------------------------------------
 
 
-def answers(body: bytes = b"hello", *, status: str = "200 OK", headers: Mapping[str, str] | None = None) -> Script:
+def answers(
+    body: bytes = b"hello", *, status: str = "200 OK", headers: Mapping[str, str] | None = None
+) -> Script:
     """Answer the request, and keep the connection."""
     head = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     answer = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{head}\r\n".encode() + body
@@ -59,7 +65,8 @@ def by_path(scripts: Mapping[str, Script], otherwise: Script) -> Script:
     return script
 
 
-# --- scripts that hang -----------------------------------------------------------------------------------------------
+# --- scripts that hang
+# -----------------------------------------------------------------------------------------------
 
 
 def hangs_before_headers(exchange: Exchange) -> None:
@@ -106,8 +113,8 @@ def never_reads_body(exchange: Exchange) -> None:
 def reads_body_late(exchange: Exchange) -> None:
     """As `never_reads_body`, but after two seconds read on until the end.
 
-    A reset that meets a full receive window is lost once in a thousand times (the kernel drops it as out of the window); the
-    sender is gone by then, so only a peer that reads again learns of it.
+    A reset that meets a full receive window is lost once in a thousand times (the kernel drops it as out of
+    the window); the sender is gone by then, so only a peer that reads again learns of it.
     """
     exchange.read_request(body=False)
     exchange.peer.reached.set()
@@ -130,7 +137,8 @@ def never_answers(exchange: Exchange) -> None:
     exchange.hang()
 
 
-# --- proxies ---------------------------------------------------------------------------------------------------------
+# --- proxies
+# ---------------------------------------------------------------------------------------------------------
 
 
 def hangs_after_connect(exchange: Exchange) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from peers.certs import Authority
 
-# What the kernel tells about a peer that is gone without our reading a byte: FIN, both directions closed, RST.
+# What the kernel tells about a peer that is gone without our reading a byte: FIN, both directions closed,
+# RST.
 _HANG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 _JOIN = 5.0
 
@@ -41,7 +42,8 @@ class Peer:
     Args:
         script: What to do with a request: read it, answer it or hang.
         tls: Whose certificates to use; None is plain TCP.
-        scheme: What `url` begins with, where that is not what ``tls`` says (a peer that never answers a handshake).
+        scheme: What `url` begins with, where that is not what ``tls`` says (a peer that never answers a
+            handshake).
 
     Attributes:
         requests: How many request heads have arrived, on all connections.
@@ -68,7 +70,8 @@ class Peer:
         self._threads: list[threading.Thread] = []
         self.stopping = threading.Event()
 
-    # --- for tests ----------------------------------------------------------------------------------------------
+    # --- for tests
+    # ----------------------------------------------------------------------------------------------
 
     def url(self, path: str = "/", host: str = "127.0.0.1") -> str:
         """Return the URL of a path on this server."""
@@ -101,7 +104,8 @@ class Peer:
         self.listener.close()
         self.bell.close()
 
-    # --- inside -------------------------------------------------------------------------------------------------
+    # --- inside
+    # -------------------------------------------------------------------------------------------------
 
     def _spawn(self, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=f"peer-{self.port}", daemon=True)
@@ -136,8 +140,12 @@ class Peer:
     def _handshake(self, sock: socket.socket) -> ssl.SSLSocket:
         assert self.tls is not None
         wrapped = self.tls.server_context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        self._track(wrapped)
-        wrapped.do_handshake()
+        try:
+            self._track(wrapped)
+            wrapped.do_handshake()
+        except BaseException:
+            wrapped.close()  # wrapping took the descriptor over; the caller has an empty shell
+            raise
         return wrapped
 
     def _track(self, sock: socket.socket) -> None:
@@ -168,7 +176,10 @@ class Exchange:
         """
         lines = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         method, target, _version = lines[0].split(" ")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
+        headers = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines[1:] if line)
+        }
         with self.peer._lock:
             self.peer.requests += 1
             self.peer.targets.append(target)

@@ -21,7 +21,7 @@ SOURCES = {
     "werkzeug": "werkzeug.socket",
     "wsgiref": "wsgi.input",
 }
-# Seconds for which a request is watched that nobody leaves. Long enough for an event a thousand times as slow as usual.
+# Seconds for which a request is watched that nobody leaves: a thousand times what an event takes.
 QUIET = 0.2
 
 _numbers = count()
@@ -167,7 +167,7 @@ def test_the_dup_does_not_delay_the_end_of_the_connection(server: Server) -> Non
 
 
 def test_a_fork_in_a_request_disturbs_neither_process(server: Server) -> None:
-    """The child gets a watcher of its own, closes only what it inherited, and the parent still sees its client leave."""
+    """The child has a watcher of its own, closes only its copies; the parent still sees its client leave."""
     with server.connect() as client:
         client.send("GET", "/fork")
         child = server.expect("child")
@@ -179,7 +179,7 @@ def test_a_fork_in_a_request_disturbs_neither_process(server: Server) -> None:
 
 
 def test_nothing_is_left_after_many_requests(server: Server) -> None:
-    """Two hundred requests, half of them left by their clients: not one descriptor more, one watcher thread."""
+    """Two hundred requests, half of them left by their clients: no descriptor more, one watcher thread."""
     before = json.loads(server.ask("/census").body)["fds"]
     for index in range(200):
         number, path = hang(0 if index % 2 else 5)

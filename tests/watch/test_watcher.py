@@ -145,13 +145,13 @@ def test_close_ends_it_and_says_that_nothing_happened() -> None:
         watched = watch(connection(server), gone.set)
         assert watched.close() is False
         assert watched.close() is False
-        assert len(os.listdir("/proc/self/fd")) <= before + 1  # noqa: PTH208 - the epoll, if this was the first
+        assert len(os.listdir("/proc/self/fd")) <= before + 1  # noqa: PTH208
         client.close()
         assert not gone.wait(QUIET)
 
 
 def test_an_event_for_a_reused_descriptor_fires_nothing() -> None:
-    """An event that was under way when its number went to a healthy connection is looked into, and dropped."""
+    """An event that was under way when its number went to a healthy connection is dropped."""
     with tcp_pair() as (server, client):
         gone = threading.Event()
         watched = watch(connection(server), gone.set)
@@ -296,7 +296,7 @@ def test_bad_arguments_are_refused_in_words(change: dict, error: type[Exception]
 
 
 def test_a_forked_child_has_a_watcher_of_its_own() -> None:
-    """Fork while four threads register and close: the child's watch works, the parent's goes on, a hundred times."""
+    """Fork while four threads register and close: the child's watch works, the parent's goes on."""
     stop = threading.Event()
 
     def churn() -> None:

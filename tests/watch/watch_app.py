@@ -1,4 +1,4 @@
-"""A WSGI app that does nothing but watch: it waits until the client has gone, or for as long as it was told."""
+"""A WSGI app that only watches: it waits until the client has gone, or for as long as it was told."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from tokenscope._core import events
-from tokenscope._core._primitives import get_ident
+from tokenscope._core._primitives import discard, get_ident
 from tokenscope._core.current import uninterruptible
-from tokenscope._core.errors import Cancelled, DeadlineExceeded
+from tokenscope._core.errors import Cancelled, DeadlineExceeded, TaskCancelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,14 +39,16 @@ def _nothing(_outcome: BaseException | None) -> None:
 
 
 class CleanupStack:
-    """What an owner (a scope or a task) has to clean up. Pushed by the owner's threads, run once by the last of them."""
+    """What an owner (a scope or a task) has to clean up. Pushed by the owner's threads, run by the last of them."""
 
-    __slots__ = ("errors", "items", "owner")
+    __slots__ = ("errors", "items", "owner", "running", "shield")
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
-        self.errors: list[BaseException] = []  # here, so that an interrupt in the middle of `run` loses none
         self.items: list[Cleanup] = []
+        self.running: Cleanup | None = None
+        self.errors: list[BaseException] = []  # what they raised; here, so that an interrupt loses none
+        self.shield: uninterruptible | None = None  # what they run under
 
     def push(self, fn: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add a plain function.
@@ -77,36 +79,58 @@ class CleanupStack:
     def run(self, outcome: BaseException | None, timeout: float | None) -> list[BaseException]:
         """Run what is left, newest first, with ``timeout`` seconds for all; returns what they raised.
 
-        After that time the rest still run, with a cancelled token, and the one that overran is told with its stack.
+        After that time the rest still run, with a cancelled token, and the one that overran is told with its stack. Cut off by an interrupt
+        it may be called again; each cleanup is called once.
         """
-        if not self.items:
-            return self.errors
-        shielded = uninterruptible(timeout, move_on=True)
-        with shielded as token, token.on_cancel(self._tell_overrun, get_ident()):
-            while self.items:
-                self._run_last(outcome, token)
+        self._leave_shield()
+        if self.items:
+            self.shield = uninterruptible(timeout)
+            try:
+                with self.shield as token, token.on_cancel(self._tell_overrun, get_ident()):
+                    while self.items:
+                        self._run_last(outcome, token)
+            except DeadlineExceeded as late:
+                self._note_overrun(late)
         return self.errors
 
+    def _leave_shield(self) -> None:
+        """Put back what was ambient, where an interrupt kept the last run from doing so."""
+        if self.shield is None or self.shield._token is None:
+            return
+        try:
+            self.shield.__exit__(None, None, None)
+        except DeadlineExceeded as late:
+            self._note_overrun(late)
+        self.shield = None
+
     def _run_last(self, outcome: BaseException | None, token: CancellationToken) -> None:
-        cleanup = self.items[-1]
+        cleanup = self.running = self.items[-1]
         try:
             cleanup.run(outcome)
         except BaseException as error:  # the others must still run; the owner raises it
+            if cleanup.once:
+                raise  # an interrupt, before it began
             self.errors.append(_as_failure(error, token, cleanup.name))
             events.emit(events.CleanupFailed(self.owner, cleanup.name, error))
-        if cleanup in self.items:  # it may have deferred something itself, so it need not be the last any more
-            self.items.remove(cleanup)
+        discard(self.items, cleanup)  # it may have deferred something itself, so it need not be the last any more
+
+    def _note_overrun(self, late: DeadlineExceeded) -> None:
+        """The time was up and some cleanup was cut short by that: told once, also if it swallowed the `Cancelled`."""
+        if not any(isinstance(error, DeadlineExceeded) and error.reason is late.reason for error in self.errors):
+            self.errors.append(late)
 
     def _tell_overrun(self, ident: int) -> None:
-        name = self.items[-1].name if self.items else "?"
-        events.emit(events.CleanupOverran(self.owner, name, stack_of(ident)))
+        cleanup = self.running or self.items[-1]
+        events.emit(events.CleanupOverran(self.owner, cleanup.name, stack_of(ident)))
 
 
 def _as_failure(error: BaseException, token: CancellationToken, name: str) -> BaseException:
-    """A cleanup cut by the limit of all cleanups failed for that reason."""
-    if not isinstance(error, Cancelled) or token.reason is not error.reason:
+    """A cleanup that was cut short has failed; a `Cancelled` of whatever token must not look like one of the owner's."""
+    if not isinstance(error, Cancelled):
         return error
-    failure = DeadlineExceeded(f"cleanup {name} was cut short: the time for cleanups was up", error.reason)
+    failure: Exception = TaskCancelled(f"cleanup {name} met a cancel", error.reason)
+    if token.reason is error.reason:
+        failure = DeadlineExceeded(f"cleanup {name} was cut short: the time for cleanups was up", error.reason)
     failure.__cause__ = error
     return failure
 

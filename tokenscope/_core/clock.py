@@ -23,7 +23,10 @@ def validate_timeout(value: object, name: str = "timeout") -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
-    seconds = float(value)
+    try:
+        seconds = float(value)
+    except OverflowError:  # an integer beyond all floats
+        seconds = math.inf if value > 0 else -math.inf
     if math.isnan(seconds) or seconds < 0:
         raise ValueError(f"{name} must be 0 or more seconds, not {value!r}")
     return None if math.isinf(seconds) else seconds

@@ -61,6 +61,9 @@ class Cancelled(BaseException):
     def __str__(self) -> str:
         return str(self.reason)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.origin), {**self.__dict__, "_cut": None}
+
 
 class TokenScopeError(Exception):
     """The base of what goes wrong in the use of tokenscope."""
@@ -136,4 +139,4 @@ class DeadlineExceeded(TimeoutError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.args[0], self.reason)
+        return type(self), (self.args[0], self.reason), self.__dict__

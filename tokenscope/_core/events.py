@@ -8,6 +8,7 @@ to ``sys.unraisablehook``.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -219,7 +220,7 @@ PROBLEMS: tuple[type[Event], ...] = (
     WatchUnsupported,
 )
 
-_guard = _primitives.Lock()  # protects the replacement of the tuples below; readers take none
+_room = _primitives.Room()  # for the replacement of the tuples below; readers take no lock
 _listeners: dict[type[Event], tuple[Callable[[Any], object], ...]] = {}
 
 
@@ -238,26 +239,28 @@ def subscribe(listener: Callable[[Any], object], *kinds: type[Event]) -> Callabl
         raise TypeError(f"listener must be callable, not {listener!r}")
     if not kinds:
         raise TypeError("subscribe() needs at least one kind of event")
-    with _guard:
-        for kind in kinds:
-            _listeners[kind] = (*_listeners.get(kind, ()), listener)
+    entry = functools.partial(listener)  # with an identity of its own: a listener may subscribe twice
+    _room.run(_add_locked, entry, kinds)
 
     def unsubscribe() -> None:
-        with _guard:
-            for kind in kinds:
-                _remove(kind, listener)
+        _room.run(_remove_locked, entry, kinds)
 
     return unsubscribe
 
 
-def _remove(kind: type[Event], listener: Callable[[Any], object]) -> None:
-    rest = list(_listeners.get(kind, ()))
-    if listener in rest:
-        rest.remove(listener)
-    if rest:
-        _listeners[kind] = tuple(rest)
-    else:
-        _listeners.pop(kind, None)
+def _add_locked(entry: Callable[[Any], object], kinds: tuple[type[Event], ...]) -> None:
+    for kind in kinds:
+        if entry not in _listeners.get(kind, ()):
+            _listeners[kind] = (*_listeners.get(kind, ()), entry)
+
+
+def _remove_locked(entry: Callable[[Any], object], kinds: tuple[type[Event], ...]) -> None:
+    for kind in kinds:
+        rest = tuple(other for other in _listeners.get(kind, ()) if other is not entry)
+        if rest:
+            _listeners[kind] = rest
+        else:
+            _listeners.pop(kind, None)
 
 
 def emit(event: Event) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tokenscope._core.errors import DeadlineExceeded, StragglersLeft
+from tokenscope._core.errors import Cancelled, DeadlineExceeded, StragglersLeft
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.token import is_cut_of
 
@@ -65,7 +65,8 @@ class Verdict:
 
 
 def decide(ending: Ending) -> Verdict:
-    """Apply the rules. Adds notes to the error that it picks."""
+    """Apply the rules. Adds notes to the error that it picks. May be applied again when more has happened."""
+    ending.body = _without_cancels(ending.body, ending.cut)
     verdict = foresee(ending)
     if verdict.error is not None:
         _note_the_rest(verdict.error, ending)
@@ -79,7 +80,7 @@ def foresee(ending: Ending) -> Verdict:
         return Verdict("interrupted", interrupt)
     cut = ending.cut
     if cut is not None and ending.cut_short and not ending.own:
-        return Verdict("cancelled", ending.body if is_cut_of(ending.body, cut) else cut.as_error())
+        return Verdict("cancelled", _as_cancelled(ending.body, cut))
     failures = _failures_that_count(ending)
     if failures:
         return Verdict("failed", _as_one(failures, ending))
@@ -90,6 +91,24 @@ def foresee(ending: Ending) -> Verdict:
     if cut is not None and ending.cut_short:
         return Verdict("cancelled", absorbed=True)
     return Verdict("succeeded")
+
+
+def _without_cancels(error: BaseException | None, cut: Cut | None) -> BaseException | None:
+    """A group that mixes failures with this very cancel: the failures."""
+    if not isinstance(error, BaseExceptionGroup) or is_cut_of(error, cut):
+        return error
+    _cancels, rest = error.split(lambda inner: is_cut_of(inner, cut))
+    return rest
+
+
+def _as_cancelled(body: BaseException | None, cut: Cut) -> BaseException:
+    """The body's own `Cancelled`, or a new one; one made from a group of them names it as its cause."""
+    if isinstance(body, Cancelled) and is_cut_of(body, cut):
+        return body
+    error = cut.as_error()
+    if is_cut_of(body, cut):
+        error.__cause__ = body
+    return error
 
 
 def _failures_that_count(ending: Ending) -> list[BaseException]:

@@ -76,6 +76,8 @@ def without_frames(error: BaseException | None) -> BaseException | None:
         return None
     kind = type(error)
     try:
+        if isinstance(error, BaseExceptionGroup):
+            return error.derive([without_frames(inner) for inner in error.exceptions])
         twin = kind.__new__(kind, *error.args)
         twin.args = error.args
         twin.__dict__.update(error.__dict__)

@@ -6,7 +6,8 @@ it lies in the heap until the next clearing).
 Invariants
     1. ``heap`` is touched under the lock only; ``posted`` and ``stale`` only by single atomic operations, so that
        signal handlers and finalizers may use them in the middle of anything.
-    2. ``running`` is True exactly while a timer thread of this process exists or is being started.
+    2. ``running`` is the ticket of the one timer thread of this process, from just before its start to its end. A thread that finds
+       another ticket there (an interrupt cut its start off after it had begun) ends at once.
     3. While ``heap`` is not empty and ``running``, the thread wakes no later than the earliest alarm: whoever adds an
        earlier one than ``planned`` rings the bell.
     4. An alarm is a weak reference: it keeps nothing alive but its ``keeper``.
@@ -20,6 +21,7 @@ At interpreter exit the thread is a daemon and holds nothing up.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import weakref
@@ -79,7 +81,7 @@ class Timer(_primitives.Room):
         self.stale: list[Alarm] = []
         self.heap: list[tuple[float, int, Alarm]] = []  # changes under the lock
         self.planned = float("inf")  # when the thread means to wake; changes under the lock
-        self.running = False  # changes under the lock
+        self.running: object | None = None  # changes under the lock
         self.draining = False  # changes under the lock
 
     def add(self, alarm: Alarm) -> None:
@@ -89,10 +91,10 @@ class Timer(_primitives.Room):
             RuntimeError: No timer thread could be started.
         """
         self.posted.append(alarm)
-        while self.posted:
-            if self.busy_here():
-                return  # the section that was interrupted looks again when it is done
+        while not self.busy_here():  # else the section that was interrupted looks again when it is done
             with self.enter(): self._take_in_locked()
+            if not self.posted:
+                return
 
     def _take_in_locked(self) -> None:
         while self.posted:
@@ -100,18 +102,18 @@ class Timer(_primitives.Room):
             heapq.heappush(self.heap, (alarm.when, next(self._order), alarm))
             self.posted.popleft()  # an interrupt before this line makes it ring twice, never not at all
         self._clear_locked()
-        if self.heap and not self.running:
+        if self.heap and self.running is None:
             self._start_locked()
         elif self.heap and self.heap[0][0] < self.planned:
             self.planned = self.heap[0][0]
             self.bell.wake()
 
     def _start_locked(self) -> None:
-        self.running = True
         try:
-            _primitives.start_thread(self._run, THREAD_NAME)
+            self.running = ticket = object()
+            _primitives.start_thread(functools.partial(self._run, ticket), THREAD_NAME)
         except BaseException:
-            self.running = False
+            self.running = None
             raise
 
     def _clear_locked(self) -> None:
@@ -119,26 +121,34 @@ class Timer(_primitives.Room):
         if len(self.stale) < CLEAR_AT or len(self.stale) * 2 < len(self.heap):
             return
         self.stale.clear()
-        self.heap[:] = [entry for entry in self.heap if not entry[2].off and entry[2]() is not None]
-        heapq.heapify(self.heap)
+        self._weed_locked()
 
-    def _run(self) -> None:
+    def _weed_locked(self) -> None:
+        rest = [entry for entry in self.heap if not entry[2].off and entry[2]() is not None]
+        heapq.heapify(rest)
+        self.heap[:] = rest  # in one step: an interrupt leaves the old heap or the new one
+
+    def _run(self, ticket: object) -> None:
         idle_since = clock.now()
         while True:
-            with self.enter(): due, delay = self._due_locked()
+            with self.enter(): due, delay = self._due_locked(ticket)
+            if self.running is not ticket:
+                return
             for alarm in due:
                 self._ring(alarm)
             if due or self.heap:
                 idle_since = clock.now()
             elif self._retire(idle_since):
                 return
-            if not due:
+            if not (due or self.posted):  # posted: by a finalizer, in the middle of the section above
                 self.bell.wait(delay)
             del due
 
-    def _due_locked(self) -> tuple[list[Alarm], float]:
+    def _due_locked(self, ticket: object) -> tuple[list[Alarm], float]:
         due: list[Alarm] = []
-        self._clear_locked()
+        if self.running is not ticket:
+            return due, 0.0
+        self._take_in_locked()
         while self.heap and self.heap[0][0] <= clock.now():
             due.append(self.heap[0][2])
             heapq.heappop(self.heap)
@@ -150,7 +160,7 @@ class Timer(_primitives.Room):
             return
         try:
             alarm.ring()
-        except Exception as error:  # one alarm must not silence the others
+        except BaseException as error:  # one alarm must not silence the others, and nobody above could be told
             events.emit(events.ThreadFailed(THREAD_NAME, error))
 
     def _retire(self, idle_since: float) -> bool:
@@ -161,7 +171,8 @@ class Timer(_primitives.Room):
     def _retire_locked(self) -> bool:
         if self.heap or self.posted:
             return False
-        self.running = self.draining = False
+        self.running = None
+        self.draining = False
         return True
 
     def drain(self) -> None:
@@ -169,14 +180,14 @@ class Timer(_primitives.Room):
         with self.enter(): self._drain_locked()
 
     def _drain_locked(self) -> None:
-        self.heap[:] = [entry for entry in self.heap if not entry[2].off and entry[2]() is not None]
-        heapq.heapify(self.heap)
-        self.draining = not self.heap
+        self._take_in_locked()
+        self._weed_locked()
+        self.draining = self.running is not None and not self.heap
         self.bell.wake()
 
     @override
     def _after_fork_locked(self) -> None:
-        self.running = False
+        self.running = None
         self.bell = _primitives.Waiter()
 
 

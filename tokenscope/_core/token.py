@@ -53,6 +53,9 @@ __all__ = [
     "settle_boundary",
 ]
 
+#: The longest that anybody waits for another thread's cancel to come down to a token. It takes microseconds.
+MARKING_SECONDS = 1.0
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -446,6 +449,19 @@ def expire_if_due(token: CancellationToken) -> None:
     for owner in _ancestry(token):
         if owner._more is not None and owner._more.own_deadline == deadline:
             owner._expire()
+    if token._cut is None:
+        _await_mark(token)
+
+
+def _await_mark(token: CancellationToken) -> None:
+    """Somebody else was first to cancel an ancestor, and is on the way down to this token: a matter of microseconds.
+
+    Limited, because it may be this very thread, interrupted by a signal handler on its way.
+    """
+    waiter = _primitives.Waiter()
+    if attach(token, waiter):
+        waiter.wait(MARKING_SECONDS)
+    detach(token, waiter)
 
 
 def raise_if_cancelled(token: CancellationToken, cause: BaseException | None = None) -> None:

@@ -136,11 +136,14 @@ class Tree(_primitives.Room):
     @override
     def settle(self) -> None:
         """Do what re-entrant operations left, and finish what an interrupt cut off."""
-        super().settle()
-        for cut in tuple(self.unfinished):
-            if cut.baton.acquire(blocking=False): cut.finish_for_another()
-        if self.unfinished and not self.busy_here():
-            with self.enter(): self._sweep_locked()
+        while True:
+            super().settle()
+            for cut in tuple(self.unfinished):
+                if cut.baton.acquire(blocking=False): cut.finish_for_another()
+            if self.unfinished and not self.busy_here():
+                with self.enter(): self._sweep_locked()
+            if not self.inbox or self.busy_here():
+                return  # else a signal handler came in the middle of the sweep
 
     def _sweep_locked(self) -> None:
         self.unfinished[:] = [cut for cut in self.unfinished if not cut.finished]
@@ -189,12 +192,15 @@ class Tree(_primitives.Room):
         if extras is not None and extras.wakes is not None:
             extras.wakes.discard_locked(wakeup)
 
-    def arm_locked(self, token: CancellationToken, registration: Registration) -> None:
-        """Register a callback, unless the token is cut already."""
-        if token._cut is None:
-            self.pin_locked(token)
+    def arm_locked(self, token: CancellationToken, registration: Registration) -> Callable[[], object] | None:
+        """Register a callback; if the token is cut already, call it when the lock is free."""
+        if token._cut is not None:
+            return registration.run_late
+        registration.armed = True  # first this, then look: a close that comes in between finds one or the other
+        if registration.once:
             self.extras_locked(token).regs[registration.seq] = registration
-            registration.armed = True
+            self.pin_locked(token)
+        return None
 
     def disarm_locked(self, token: CancellationToken, registration: Registration) -> None:
         """Forget a callback."""
@@ -217,8 +223,8 @@ class Tree(_primitives.Room):
 
     def pin_locked(self, token: CancellationToken) -> None:
         """Keep ``token`` as long as any token of this tree is kept."""
-        self.keeper[:] = (self,)
         self.pinned.add(token)
+        self.keeper[:] = (self,)
 
     def unpin_locked(self, token: CancellationToken) -> None:
         """The opposite of `pin_locked`."""
@@ -232,34 +238,36 @@ class Tree(_primitives.Room):
         Called after every change between some pins and none. Two changes at a time both call; whoever comes last to
         a parent's tree reads a state no older than both.
         """
-        pile = [self]
-        while pile:
-            for root in _alive(pile.pop().links):
-                pile += [parent._tree for parent in root._parents() if parent._tree.sync_pin(root)]
+        pass_pins_on([self])
 
-    def sync_pin(self, root: CancellationToken) -> bool:
-        """Pin or unpin a linked child here; True if this tree changed between some pins and none."""
-        before = bool(self.pinned)
-        self.run(self._sync_pin_locked, root)
-        return before != bool(self.pinned)
-
-    def _sync_pin_locked(self, root: CancellationToken) -> None:
+    def sync_pin_locked(self, root: CancellationToken, pile: list[Tree], seen: set[Tree]) -> None:
+        """Pin or unpin a linked child here; put this tree on the ``pile`` if its own parents may have to know."""
+        had_pins = bool(self.pinned)
         if root._tree.pinned:
             self.pin_locked(root)
         else:
             self.unpin_locked(root)
+        # Without pins also where nothing changed: an unpinning that an interrupt cut off can then be repeated.
+        if self.links and (had_pins != bool(self.pinned) or not (self.pinned or self in seen)):
+            pile.append(self)
+            seen.add(self)
 
     # --- marking ------------------------------------------------------------------------------------------------
 
     def mark_locked(self, cut: Cut) -> None:
         """Mark what lies on top of the pile, as far as it belongs to this tree."""
         work = cut.work
+        had_pins = bool(self.pinned)
+        if cut not in self.unfinished:
+            self.unfinished.append(cut)  # it came from another tree; here, too, whoever comes next can finish it
         while work and work[-1]._tree is self:
             token = work[-1]
             if token._cut is None:
                 token._cut = cut
             # One assignment takes the token off and puts its children on: an interrupt falls before or after it.
             work[-1:] = self._descend_locked(token, cut) if token._cut is cut else ()
+        if had_pins and self.links:
+            cut.unpinned.append(self)
 
     def _descend_locked(self, token: CancellationToken, cut: Cut) -> list[CancellationToken]:
         """Stage what the token has registered, mark its plain children, return those that need a visit."""
@@ -289,9 +297,9 @@ class Tree(_primitives.Room):
             cut.wakes += extras.wakes.refs
             extras.wakes = None
         if extras.regs:
-            while extras.regs:
-                cut.calls.append(extras.regs.popitem()[1])
+            cut.calls += extras.regs.values()  # an interrupt below stages them twice; each still has but one call
             self.unpin_locked(token)
+            extras.regs.clear()
 
     @override
     def _after_fork_locked(self) -> None:
@@ -312,6 +320,7 @@ class Cut:
         "origin",
         "origin_name",
         "reason",
+        "unpinned",
         "wakes",
         "when",
         "work",
@@ -326,6 +335,7 @@ class Cut:
         self.finished = False  # one-way; set by the holder of the baton
         self.baton = _primitives.Lock()
         self.work: list[CancellationToken] = [token]
+        self.unpinned: list[Tree] = []  # marked linked trees whose pins in the trees above may have become void
         self.wakes: list[weakref.ref[Wakeup]] = []
         self.calls: list[Registration] = []
 
@@ -347,11 +357,12 @@ class Cut:
 
     def start(self, token: CancellationToken) -> bool:
         """Cancel ``token`` for this reason; True if this one won. Returns when callbacks on this thread have run."""
-        with self.baton: won = self._start(token)
         tree = token._tree
-        if tree.inbox or tree.unfinished:
-            tree.settle()
-        return won
+        try:
+            with self.baton: return self._start(token)
+        finally:
+            if tree.inbox or tree.unfinished:
+                tree.settle()
 
     def _start(self, token: CancellationToken) -> bool:
         tree = token._tree
@@ -388,6 +399,7 @@ class Cut:
         if self.finished or not self.mark():
             return None  # not finished: put off; the operation that this thread interrupted will do the rest
         self.wake_all()
+        self.release_pins()
         interrupt = self.call_all()
         self.finished = True
         if events.wants(events.TokenCancelled):
@@ -401,10 +413,9 @@ class Cut:
             if tree.busy_here():
                 tree.inbox.append(functools.partial(self._resume_later, tree))
                 return False
-            had_pins = bool(tree.pinned)
             with tree.enter(): tree.mark_locked(self)
-            if had_pins and tree.links:
-                tree.pass_pins_on()
+            if tree.inbox:
+                tree.settle()  # a signal handler came in between; nobody else would look into this tree
         return True
 
     def _resume_later(self, tree: Tree) -> None:
@@ -419,6 +430,11 @@ class Cut:
             _wake(wakes[-1])
             wakes.pop()
 
+    def release_pins(self) -> None:
+        """Have the trees above the linked ones let go of what has no callbacks any more."""
+        pass_pins_on(self.unpinned)
+        self.unpinned.clear()
+
     def call_all(self) -> BaseException | None:
         """Run the users' callbacks, newest first, or have a worker run them. Returns an interrupt to re-raise."""
         if not self.calls:
@@ -429,9 +445,9 @@ class Cut:
         return run_newest_first(self.calls)
 
     def _hand_over(self) -> bool:
-        calls = self.calls
         try:
-            workers.submit(functools.partial(run_newest_first, calls))
+            # A copy: an interrupt below hands them over twice, and two workers must not share one pile.
+            workers.submit(functools.partial(run_newest_first, list(self.calls)))
         except RuntimeError as error:
             # Late is better than never: the library's thread runs them itself.
             events.emit(events.ThreadFailed("cancel callbacks", error))
@@ -452,7 +468,7 @@ class Registration:
     Thread-safe. Get one from `CancellationToken.on_cancel`.
     """
 
-    __slots__ = ("armed", "blocking", "gate", "name", "once", "seq", "token")
+    __slots__ = ("armed", "blocking", "gate", "name", "once", "pid", "seq", "token")
 
     def __init__(self, token: CancellationToken, call: Callable[[], object], name: str, *, blocking: bool) -> None:
         self.token = token
@@ -460,6 +476,7 @@ class Registration:
         self.name = name
         self.blocking = blocking
         self.armed = False
+        self.pid = _primitives.getpid()
         self.gate = _primitives.Lock()  # held while the callback runs; nothing else
         # Who pops the call, calls it or closes it: exactly one does (`dict.pop` is atomic).
         self.once: dict[None, Callable[[], object]] = {None: call}
@@ -487,22 +504,34 @@ class Registration:
         in_time = self.once.pop(None, None) is not None
         if self.armed:
             self._forget()
-        if not in_time and wait and self.gate.locked() and not _must_not_wait():
+        if not in_time and wait and self._runs_elsewhere():
             with self.gate: pass
         return in_time
 
+    def _runs_elsewhere(self) -> bool:
+        """Whether the callback runs on a thread that can be waited for (a fork leaves such threads behind)."""
+        return self.gate.locked() and self.pid == _primitives.getpid() and not _must_not_wait()
+
     def _forget(self) -> None:
-        self.armed = False
         tree = self.token._tree
         tree.run(tree.disarm_locked, self.token, self)
         if tree.links and not tree.pinned:
             tree.pass_pins_on()
+        self.armed = False  # only now: a close that an interrupt cut off can be repeated
 
     def run(self) -> BaseException | None:
         """Call it, unless it was called or closed. Errors are told, interrupts are returned."""
+        if not self.once:
+            return None  # and no waiting at the gate for one that runs elsewhere
         if self.blocking:
             return self._run_on_worker()
         return self.run_here()
+
+    def run_late(self) -> None:
+        """Call it because the token was cancelled before it came."""
+        interrupt = self.run()
+        if interrupt is not None:
+            raise interrupt
 
     def _run_on_worker(self) -> BaseException | None:
         try:
@@ -546,6 +575,15 @@ def _wake(link: weakref.ref[Wakeup]) -> None:
             wakeup.wake()
         except Exception as error:  # a defect of ours, but the others must still be woken
             events.emit(events.CallbackFailed(f"wake-up of {wakeup!r}", error))
+
+
+def pass_pins_on(pile: list[Tree]) -> None:
+    """Pin or unpin the linked roots of these trees in their parents' trees, and so on upwards. No lock is held."""
+    seen: set[Tree] = set()
+    for tree in pile:  # it grows on the way
+        for root in _alive(tree.links):
+            for parent in root._parents():
+                parent._tree.run(parent._tree.sync_pin_locked, root, pile, seen)
 
 
 def _alive(links: Iterable[weakref.ref[CancellationToken]]) -> list[CancellationToken]:

@@ -12,7 +12,8 @@ trivial jobs stays on two threads: the first is done before the second has start
 States of a worker: *starting* -> *idle* <-> *busy* -> gone after `IDLE_SECONDS` idle.
 
 Invariants
-    1. ``idle`` and ``starting`` change under the lock only.
+    1. ``idle`` and ``starting`` change under the lock only. ``starting`` holds a ticket for each start, so that one which an interrupt cut
+       off is neither forgotten nor counted twice.
     2. Backlog > 0 implies idle > 0 or starting > 0 or some worker has taken a job and not yet looked at the backlog.
     3. A job's cell is emptied exactly once (``list.pop`` is atomic): by the worker that runs it, or by a
        submitter that takes it back because no thread could be started.
@@ -26,6 +27,7 @@ Fork: a child starts with an empty queue and no workers. Interpreter exit: the t
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from os import getpid
@@ -56,7 +58,7 @@ class Workers(_primitives.Room):
         super().__init__()
         self.jobs: queue.SimpleQueue[Job] = _primitives.SimpleQueue()
         self.idle = 0  # changes under the lock
-        self.starting = 0  # changes under the lock
+        self.starting: set[object] = set()  # changes under the lock
         self.threads = 0  # changes under the lock
         self._again = False  # a re-entrant call wants another look
 
@@ -87,34 +89,27 @@ class Workers(_primitives.Room):
         if self.busy_here():
             self._again = True
             return
-        with self.enter(): needed = self._needed_locked()
-        while needed:
-            self._start()
-            with self.enter(): needed = self._again_locked()
+        self._start_if_needed(object())
+        while self._again:
+            self._start_if_needed(object())
 
-    def _needed_locked(self) -> bool:
-        self._again = False
-        if self.idle or self.starting or self.jobs.empty():
-            return False
-        self.starting += 1
-        return True
-
-    def _again_locked(self) -> bool:
-        return self._again and self._needed_locked()
-
-    def _start(self) -> None:
+    def _start_if_needed(self, ticket: object) -> None:
         try:
-            _primitives.start_thread(self._work, IDLE_NAME)
+            with self.enter(): self._claim_locked(ticket)
+            if ticket in self.starting:
+                _primitives.start_thread(functools.partial(self._work, ticket), IDLE_NAME)
         except BaseException:
-            with self.enter(): self._not_started_locked()
+            with self.enter(): self.starting.discard(ticket)
             raise
 
-    def _not_started_locked(self) -> None:
-        self.starting -= 1
+    def _claim_locked(self, ticket: object) -> None:
+        self._again = False
+        if not (self.idle or self.starting or self.jobs.empty()):
+            self.starting.add(ticket)
 
-    def _work(self) -> None:
+    def _work(self, ticket: object) -> None:
         thread = threading.current_thread()
-        with self.enter(): self._arrived_locked()
+        with self.enter(): self._arrived_locked(ticket)
         job = self._wait_for_job()
         while job is not None:
             with self.enter(): self._busy_locked()
@@ -126,10 +121,10 @@ class Workers(_primitives.Room):
             with self.enter(): self._idle_locked()
             job = self._wait_for_job()
 
-    def _arrived_locked(self) -> None:
-        self.starting -= 1
-        self.threads += 1
+    def _arrived_locked(self, ticket: object) -> None:
         self.idle += 1
+        self.threads += 1
+        self.starting.discard(ticket)
 
     def _idle_locked(self) -> None:
         self.idle += 1
@@ -166,10 +161,13 @@ class Workers(_primitives.Room):
             return None
 
     def _retire_locked(self) -> bool:
-        if not self.jobs.empty():
-            return False
+        # First this, then look: `submit` reads ``idle`` without the lock, after it has put its job.
         self._leave_locked()
-        return True
+        if self.jobs.empty():
+            return True
+        self.idle += 1
+        self.threads += 1
+        return False
 
     def _leave_locked(self) -> None:
         self.idle -= 1
@@ -199,13 +197,14 @@ class Workers(_primitives.Room):
     @override
     def _after_fork_locked(self) -> None:
         self.jobs = _primitives.SimpleQueue()
-        self.idle = self.starting = self.threads = 0
+        self.starting.clear()
+        self.idle = self.threads = 0
 
 
 workers = Workers()
 submit = workers.submit
 
-_hooks_guard = _primitives.Lock()  # protects the replacement of the tuple; readers take none
+_hooks_room = _primitives.Room()  # for the replacement of the tuple; readers take no lock
 _hooks: tuple[Callable[[], object], ...] = ()
 
 
@@ -219,16 +218,24 @@ def on_thread_release(hook: Callable[[], object]) -> Callable[[], None]:
     """
     if not callable(hook):
         raise TypeError(f"hook must be callable, not {hook!r}")
-    global _hooks
-    with _hooks_guard:
-        _hooks = (*_hooks, hook)
+    entry = functools.partial(hook)  # with an identity of its own: a hook may be registered twice
+    _hooks_room.run(_add_hook_locked, entry)
 
     def unregister() -> None:
-        global _hooks
-        with _hooks_guard:
-            _hooks = tuple(h for h in _hooks if h is not hook)
+        _hooks_room.run(_remove_hook_locked, entry)
 
     return unregister
+
+
+def _add_hook_locked(entry: Callable[[], object]) -> None:
+    global _hooks
+    if entry not in _hooks:
+        _hooks = (*_hooks, entry)
+
+
+def _remove_hook_locked(entry: Callable[[], object]) -> None:
+    global _hooks
+    _hooks = tuple(other for other in _hooks if other is not entry)
 
 
 def release_thread() -> None:

@@ -106,7 +106,7 @@ class Body:
             self._request.run(self._close)
 
     def _close(self) -> None:
-        if not self._drained:
+        if not self._drained or (self._request.bodiless and not self._begun):
             self._request.give_up()
         self._end(None)
 
@@ -125,4 +125,4 @@ class Body:
 
     def __del__(self) -> None:
         if not self._ended:
-            self._request.drop()
+            self._request.drop(drained=self._drained)

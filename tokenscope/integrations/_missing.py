@@ -29,5 +29,6 @@ def needs(library: str, *, extra: str | None = None) -> Iterator[None]:
             raise
         what = f"tokenscope-threads[{extra}]" if extra else library
         raise ImportError(
-            f"this part of tokenscope needs {library}, which is not installed: pip install '{what}'", name=library
+            f"this part of tokenscope needs {library}, which is not installed: pip install '{what}'",
+            name=library,
         ) from error

@@ -10,6 +10,7 @@ watch closed, before the server can end the connection -> outcome judged (`_answ
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
@@ -109,12 +110,24 @@ def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
 class Request:
     """See the module's head. Used by one thread at a time, as a server does; `arm` and its token by any."""
 
-    __slots__ = ("_context", "_parts", "_settings", "_work", "ended", "endpoint", "hangup", "scope")
+    __slots__ = (
+        "_context",
+        "_parts",
+        "_settings",
+        "_work",
+        "bodiless",
+        "ended",
+        "endpoint",
+        "hangup",
+        "scope",
+    )
 
     def __init__(self, environ: MutableMapping[str, Any], settings: Settings) -> None:
         method = environ.get("REQUEST_METHOD", "GET")
         #: For people: names the scope, the events and the log line. A framework may put its route here.
         self.endpoint = f"{method} {environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
+        #: Whether only the head of the answer is wanted: what makes its body may stop.
+        self.bodiless = method == "HEAD"
         self.scope = settings.make_scope(self.endpoint)
         self.ended = False
         self._settings = settings
@@ -204,13 +217,24 @@ class Request:
 
     def give_up(self) -> None:
         """The server closes the body before its end: nobody waits for the rest."""
-        kind = CancelKind.CLIENT_DISCONNECTED if self.hangup.armed else CancelKind.SCOPE_ENDED
+        gone = self.hangup.armed and not self.bodiless
+        kind = CancelKind.CLIENT_DISCONNECTED if gone else CancelKind.SCOPE_ENDED
         cancel_from_library(self.scope.token, "the server closed the response before its end", kind=kind)
 
-    def drop(self) -> None:
-        """The body was dropped without ``close()``. For finalizers: the rest is done by a worker."""
+    def drop(self, *, drained: bool) -> None:
+        """The body was dropped without ``close()``. For finalizers: a worker leaves the scope."""
         self.hangup.end()
-        workers.submit(functools.partial(_cancel_dropped, self.scope))
+        with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is on its way out
+            workers.submit(functools.partial(self._end_dropped, drained=drained))
+
+    def _end_dropped(self, *, drained: bool) -> None:
+        if not drained:
+            message = "the response was dropped without close()"
+            cancel_from_library(self.scope.token, message, kind=CancelKind.SCOPE_ENDED)
+        try:
+            self.run(self.end, None)
+        except BaseException as error:  # nobody else could be told
+            events.emit(events.TaskFailed(self.scope.name, "a dropped response", error))
 
     # --- telling
     # ------------------------------------------------------------------------------------------------
@@ -289,10 +313,6 @@ def left(scope: ThreadScope, error: BaseException | None) -> BaseException | Non
     except BaseException as raised:  # the outcome: whoever called decides what becomes of it
         return raised
     return None if absorbed else error
-
-
-def _cancel_dropped(scope: ThreadScope) -> None:
-    cancel_from_library(scope.token, "the response was dropped without close()", kind=CancelKind.SCOPE_ENDED)
 
 
 def _sum_up(counts: list[Any]) -> dict[str, int]:

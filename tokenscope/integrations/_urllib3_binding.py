@@ -1,6 +1,7 @@
 """Which token a request works for: looked up once, when it takes its connection, and kept until the response is done.
 
-A response may be read by another thread than the one that sent the request; it stays bound to the token it was opened under.
+A response may be read by another thread than the one that sent the request; it stays bound to the token it
+was opened under.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from tokenscope._core.token import CancellationToken
 
-__all__ = ["Binding", "decided_by_token", "under"]
+__all__ = ["Binding", "decide", "under"]
 
 # The token that `under` made current: the user named it (or a parent of it) himself.
 _named: ContextVar[CancellationToken | None] = ContextVar("tokenscope_named_token", default=None)
@@ -51,18 +52,11 @@ def under(explicit: CancellationToken | None) -> Iterator[None]:
             _named.set(before)
 
 
-@contextlib.contextmanager
-def decided_by_token() -> Iterator[None]:
-    """A checkpoint before and, if it fails, after: under a cancelled token every failure is the cancel's doing.
+def decide(token: CancellationToken, failure: Exception) -> None:
+    """Look at the token after a failure: under a cancelled one every failure is the cancel's doing.
 
     Raises:
-        Cancelled: The current token is cancelled; the failure, if there was one, is the ``__cause__``.
+        Cancelled: The token is cancelled; the failure is the ``__cause__``.
     """
-    token = current_token()
-    token.check()
-    try:
-        yield
-    except Exception as error:
-        tokens.expire_if_due(token)
-        tokens.raise_if_cancelled(token, error)
-        raise
+    tokens.expire_if_due(token)
+    tokens.raise_if_cancelled(token, failure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,11 @@ from tokenscope._core._typing import override
 from tokenscope._core.errors import Cancelled
 from tokenscope.integrations._urllib3_binding import Binding
 from tokenscope.net import Guard, GuardedSocket, connect
+from tokenscope.net.handshake import close_half_made
 
 __all__ = ["GuardedConnection", "GuardedHTTPConnection", "GuardedHTTPSConnection"]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     _Base = connection.HTTPConnection
 else:
     _Base = object
@@ -28,8 +26,9 @@ else:
 class GuardedConnection(_Base):
     """Mixed into a urllib3 connection class, in front of it.
 
-    A pool binds it to a token at checkout (`bind`) and unbinds it before taking it back. Its guard belongs to one socket:
-    http.client closes the connection while a body is still read from the socket's file, which keeps the guard alive.
+    A pool binds it to a token at checkout (`bind`) and unbinds it before taking it back. Its guard belongs to
+    one socket: http.client closes the connection while a body is still read from the socket's file, which
+    keeps the guard alive.
     """
 
     _binding: Binding | None = None  # whom it works for; None in the pool
@@ -54,33 +53,37 @@ class GuardedConnection(_Base):
     @override
     def connect(self) -> None:
         """Connect, through a proxy and with a TLS handshake where needed, or raise what the token says."""
-        with self._closed_if_cancelled():
-            try:
-                super().connect()
-            except Exception as error:
-                self._look(error)
-                raise
-            self._look()  # a CONNECT answer that was cut in half looks complete
+        try:
+            self._connect()
+        except Cancelled:
+            self.close()
+            raise
         if self._guard is not None:
             self.sock = GuardedSocket(self.sock, self._guard)
+
+    def _connect(self) -> None:
+        try:
+            super().connect()
+        except Exception as error:
+            close_half_made(error)
+            self._look(error)
+            raise
+        self._look()  # a CONNECT answer that was cut in half looks complete
 
     @override
     def send(self, data: Any) -> None:
         """Send a part of the request, or raise what the token says."""
-        with self._closed_if_cancelled():
+        try:
             super().send(data)
+        except Cancelled:
+            self.close()  # right away: some callers (requests 2.28) clean up after an `Exception` only
+            raise
 
     @override
     def getresponse(self, *args: Any, **kwargs: Any) -> Any:
         """Wait for the head of the response, or raise what the token says."""
-        with self._closed_if_cancelled():
-            return super().getresponse(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _closed_if_cancelled(self) -> Iterator[None]:
-        """Close right away: some callers (requests 2.28) clean up after an `Exception` only."""
         try:
-            yield
+            return super().getresponse(*args, **kwargs)
         except Cancelled:
             self.close()
             raise

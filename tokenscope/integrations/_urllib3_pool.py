@@ -8,8 +8,9 @@ from urllib3 import connection, connectionpool
 from urllib3.util import Retry
 
 from tokenscope._core._typing import override
+from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
-from tokenscope.integrations._urllib3_binding import decided_by_token
+from tokenscope.integrations._urllib3_binding import decide
 from tokenscope.integrations._urllib3_connection import (
     GuardedConnection,
     GuardedHTTPConnection,
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["GuardedHTTPConnectionPool", "GuardedHTTPSConnectionPool", "GuardedPool", "guard_manager", "is_guarded"]
+__all__ = [
+    "GuardedHTTPConnectionPool",
+    "GuardedHTTPSConnectionPool",
+    "GuardedPool",
+    "guard_manager",
+    "is_guarded",
+]
 
 
 class GuardedPool(_Base):
@@ -57,9 +64,17 @@ class GuardedPool(_Base):
         """
         if not isinstance(retries, Retry):
             retries = Retry.from_int(retries, redirect=redirect, default=self.retries)
-        # Also the wait for a slot ends here: as EmptyPoolError, for which alone urllib3 puts no slot back.
-        with decided_by_token():
-            return super().urlopen(method, url, body, headers, cancellable(retries), redirect, *args, **kwargs)
+        token = current_token()
+        token.check()
+        try:
+            return super().urlopen(
+                method, url, body, headers, cancellable(retries), redirect, *args, **kwargs
+            )
+        except Exception as error:
+            # Also the wait for a slot ends here: as EmptyPoolError, for which alone urllib3 puts no slot
+            # back.
+            decide(token, error)
+            raise
 
     @override
     def _get_conn(self, timeout: float | None = None) -> Any:
@@ -103,8 +118,8 @@ def guard_manager(manager: urllib3.PoolManager) -> None:
     """Make every pool that this manager opens from now on cancellable; idle connections of the others are closed.
 
     Raises:
-        TokenScopeError: The manager's connections connect in a way of their own (SOCKS), or urllib3's HTTP/2 mode is on.
-            Nothing was changed.
+        TokenScopeError: The manager's connections connect in a way of their own (SOCKS), or urllib3's HTTP/2
+            mode is on. Nothing was changed.
     """
     refuse_http2()
     classes = {scheme: _guarded_class(pool) for scheme, pool in manager.pool_classes_by_scheme.items()}

@@ -17,11 +17,12 @@ __all__ = ["SlotQueue"]
 class SlotQueue(queue.LifoQueue[Any]):
     """A `queue.LifoQueue` whose `get` also ends when the current token is cancelled.
 
-    `queue.Queue` itself waits on a condition; to wake that, a canceller would need its mutex, which a thread interrupted by a
-    signal handler (the canceller) may hold. So whoever waits here has a waiter of its own, which can be woken from anywhere.
+    `queue.Queue` itself waits on a condition; to wake that, a canceller would need its mutex, which a thread
+    interrupted by a signal handler (the canceller) may hold. So whoever waits here has a waiter of its own,
+    which can be woken from anywhere.
 
-    Invariant: if the queue is not empty and somebody waits, then at least one of the waiting has been woken. `put` wakes one; who
-    was woken and leaves without need of it wakes the next.
+    Invariant: if the queue is not empty and somebody waits, then at least one of the waiting has been woken.
+        `put` wakes one; who was woken and leaves without need of it wakes the next.
     """
 
     def __init__(self, maxsize: int = 0) -> None:
@@ -43,7 +44,8 @@ class SlotQueue(queue.LifoQueue[Any]):
         """Take the newest item.
 
         Raises:
-            queue.Empty: There is none: at once if not ``block``, else because the time is up or the current token is
+            queue.Empty: There is none: at once if not ``block``, else because the time is up or the current
+            token is
                 cancelled. Look at the token.
         """
         try:

@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from tokenscope._core.errors import DeadlineExceeded
+from tokenscope._core.reasons import CancelKind
 from tokenscope.integrations._answers import only_error
 from tokenscope.integrations._body import Body
 from tokenscope.integrations._missing import needs
@@ -153,6 +154,7 @@ class _PartBody:
         self._part = part
         self._inner = inner
         self._chunks = iter(inner)
+        self._drained = False
         self._error: BaseException | None = None
 
     def __iter__(self) -> _PartBody:
@@ -162,6 +164,7 @@ class _PartBody:
         try:
             return next(self._chunks)
         except StopIteration:
+            self._drained = True
             raise
         except BaseException as error:  # remembered for the scope, and on its way
             self._error = error
@@ -171,6 +174,8 @@ class _PartBody:
         """Close what streams, then leave the scope."""
         if not self._part.open:
             return
+        if not self._drained and self._error is None:
+            self._part.scope.cancel("nobody reads the rest of the response", kind=CancelKind.SCOPE_ENDED)
         try:
             _close(self._inner)
         except BaseException as error:  # judged with the rest; the first error is the one that counts

@@ -1,8 +1,11 @@
 """Cancellable requests: a drop-in `Session`, `mount` for a session somebody else made, `instrument` for all of them.
 
-guarded:      waiting for a pool slot, name look-up, connect, proxy CONNECT, TLS handshake, upload, headers, body, redirects, retries
-interrupted:  the canceller shuts the socket down on a duplicate descriptor; the owner looks at its token, raises and closes
-not:          a user's body generator blocked in next(); SOCKS (a `Session` refuses, the others leave it alone); HTTP/2 (refused)
+guarded:      waiting for a pool slot, name look-up, connect, proxy CONNECT, TLS handshake, upload, headers,
+    body, redirects, retries
+interrupted:  the canceller shuts the socket down on a duplicate descriptor; the owner looks at its token,
+    raises and closes
+not:          a user's body generator blocked in next(); SOCKS (a `Session` refuses, the others leave it
+    alone); HTTP/2 (refused)
 versions:     requests >=2.28,<3 on urllib3 >=1.26,<3
 compat:       urllib3-1.26.20, urllib3-2.0.7, urllib3-latest, each with requests-2.28.2 and requests-latest
 """
@@ -14,9 +17,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from tokenscope._core._typing import override
+from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._urllib3_binding import decided_by_token, under
+from tokenscope.integrations._urllib3_binding import decide, under
 from tokenscope.integrations.urllib3 import guard_manager, is_guarded
 
 with needs("requests"):
@@ -24,6 +28,8 @@ with needs("requests"):
     from requests.adapters import HTTPAdapter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import urllib3
 
     from tokenscope._core.token import CancellationToken
@@ -35,11 +41,13 @@ class CancellableAdapter(HTTPAdapter):
     """`requests.adapters.HTTPAdapter` whose requests end with the current token.
 
     Args:
-        token: Ends them as well, besides the current token (never instead of it). Not pickled with the adapter.
+        token: Ends them as well, besides the current token (never instead of it). Not pickled with the
+            adapter.
 
-    All other arguments are requests' own. In each phase of a request a cancel raises `Cancelled` with the token's reason;
-    the transport's error, if it came to one, is its ``__cause__``. The deadline of the token caps name look-up, connect,
-    handshake, redirects, retries and body together, where ``timeout=`` limits each wait alone.
+    All other arguments are requests' own. In each phase of a request a cancel raises `Cancelled` with the
+    token's reason; the transport's error, if it came to one, is its ``__cause__``. The deadline of the token
+    caps name look-up, connect, handshake, redirects, retries and body together, where ``timeout=`` limits
+    each wait alone.
     """
 
     token: CancellationToken | None = None
@@ -68,18 +76,21 @@ class CancellableAdapter(HTTPAdapter):
     @override
     def send(self, *args: Any, **kwargs: Any) -> requests.Response:
         """Send one request (of perhaps several, if redirected), or raise what the token says."""
-        with under(self.token), decided_by_token():
-            return super().send(*args, **kwargs)
+        if self.token is None:
+            return _send(super().send, args, kwargs)
+        with under(self.token):
+            return _send(super().send, args, kwargs)
 
 
 class Session(requests.Session):
     """`requests.Session` whose requests end with the current token.
 
     Args:
-        token: Ends them as well, besides the current token (never instead of it). Not pickled with the session.
+        token: Ends them as well, besides the current token (never instead of it). Not pickled with the
+            session.
 
-    Thread-safe as far as `requests.Session` is. A streaming response stays bound to the token it was opened under until it
-    is closed or read to the end, whichever thread reads it.
+    Thread-safe as far as `requests.Session` is. A streaming response stays bound to the token it was opened
+    under until it is closed or read to the end, whichever thread reads it.
     """
 
     def __init__(self, *, token: CancellationToken | None = None) -> None:
@@ -91,8 +102,8 @@ class Session(requests.Session):
 def mount(session: requests.Session) -> None:
     """Make the requests of an existing session end with the current token.
 
-    Its adapters stay, with all their settings; their pools are replaced, and idle connections closed. Adapters that are no
-    `HTTPAdapter`, and connections to SOCKS proxies, are left as they are.
+    Its adapters stay, with all their settings; their pools are replaced, and idle connections closed.
+    Adapters that are no `HTTPAdapter`, and connections to SOCKS proxies, are left as they are.
     """
     for adapter in session.adapters.values():
         if isinstance(adapter, HTTPAdapter):
@@ -103,7 +114,8 @@ def mount(session: requests.Session) -> None:
 def instrument() -> None:
     """Make every `requests.Session` of this process, present and future, end its requests with the current token.
 
-    Sessions of other libraries and ``requests.get(...)`` included. Outside any scope nothing changes. Idempotent.
+    Sessions of other libraries and ``requests.get(...)`` included. Outside any scope nothing changes.
+    Idempotent.
     """
     with _lock:
         HTTPAdapter.send = _instrumented_send  # type: ignore[method-assign]
@@ -127,8 +139,18 @@ _instrumented: weakref.WeakSet[HTTPAdapter] = weakref.WeakSet()
 def _instrumented_send(adapter: HTTPAdapter, *args: Any, **kwargs: Any) -> requests.Response:
     if not is_guarded(adapter.poolmanager):
         _instrument_adapter(adapter)
-    with decided_by_token():
-        return _plain_send(adapter, *args, **kwargs)
+    return _send(_plain_send, (adapter, *args), kwargs)
+
+
+def _send(send: Callable[..., requests.Response], args: Any, kwargs: Any) -> requests.Response:
+    # The pool checks as well; but requests 2.28 sends a body of unknown length without asking the pool.
+    token = current_token()
+    token.check()
+    try:
+        return send(*args, **kwargs)
+    except Exception as error:
+        decide(token, error)
+        raise
 
 
 def _instrument_adapter(adapter: HTTPAdapter) -> None:

@@ -1,8 +1,11 @@
 """Cancellable urllib3: `PoolManager` and `ProxyManager` as drop-ins, `guard_manager` for one that somebody else made.
 
-guarded:      waiting for a pool slot, name look-up, connect, proxy CONNECT, TLS handshake, upload, headers, body, retry pauses
-interrupted:  the canceller shuts the socket down on a duplicate descriptor; the owner looks at its token, raises and closes
-not:          a user's body generator blocked in next(); SOCKS and HTTP/2 (refused); the abandoned look-up itself (64 at most)
+guarded:      waiting for a pool slot, name look-up, connect, proxy CONNECT, TLS handshake, upload, headers,
+    body, retry pauses
+interrupted:  the canceller shuts the socket down on a duplicate descriptor; the owner looks at its token,
+    raises and closes
+not:          a user's body generator blocked in next(); SOCKS and HTTP/2 (refused); the abandoned look-up
+    itself (64 at most)
 versions:     urllib3 >=1.26,<3
 compat:       urllib3-1.26.20, urllib3-2.0.7, urllib3-latest
 """
@@ -28,8 +31,8 @@ __all__ = ["CancellableRetry", "PoolManager", "ProxyManager", "guard_manager", "
 class PoolManager(urllib3.PoolManager):
     """`urllib3.PoolManager` whose requests end with the current token.
 
-    A response stays bound to the token its request was sent under until it is closed or read to the end, whoever
-    reads it. All arguments are urllib3's.
+    A response stays bound to the token its request was sent under until it is closed or read to the end,
+    whoever reads it. All arguments are urllib3's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 """Sockets that a cancel can reach: connect, guard, read and write.
 
-Everything here works on plain sockets and knows no HTTP library; the integrations stand on it. For a socket of your own::
+Everything here works on plain sockets and knows no HTTP library; the integrations stand on it. For a socket
+of your own::
 
     sock, guard = connect(("example.org", 80), token=token, timeout=5)
     guarded = GuardedSocket(sock, guard)  # sendall, makefile, close: as usual, and cancellable

@@ -1,8 +1,8 @@
 """A connect that a cancel can reach in every microsecond.
 
-A blocking ``connect()`` always has a window: shut down before it began, a socket answers ENOTCONN and then connects all the same,
-and the cancel is lost. So: a non-blocking ``connect_ex`` first, *then* the guard is attached, then a poll, then a look at the
-token.
+A blocking ``connect()`` always has a window: shut down before it began, a socket answers ENOTCONN and then
+connects all the same, and the cancel is lost. So: a non-blocking ``connect_ex`` first, *then* the guard is
+attached, then a poll, then a look at the token.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def connect(
     Args:
         address: Host (a name, or digits, IPv6 with or without brackets) and port.
         token: Ends it. Its remaining time caps the name look-up and all attempts together.
-        timeout: Seconds for each address, as in ``socket.create_connection``; becomes the timeout of the socket.
+        timeout: Seconds for each address, as in ``socket.create_connection``; becomes the timeout of the
+            socket.
         family: As for ``socket.getaddrinfo``.
         source_address: The local address to come from.
         socket_options: Set before connecting.

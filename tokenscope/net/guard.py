@@ -1,25 +1,31 @@
 """A guard: what lets another thread end a call that is blocked on a socket.
 
-The canceller does one thing: ``shutdown(SHUT_RDWR)`` on a duplicate of the file descriptor that belongs to the guard. The
-blocked thread comes back, looks at its *token* and raises. It never looks at the exception type or the result: several phases
-of HTTP end as a false success when the socket is shut down (a body that ends with the connection, half-sent headers).
+The canceller does one thing: ``shutdown(SHUT_RDWR)`` on a duplicate of the file descriptor that belongs to
+the guard. The blocked thread comes back, looks at its *token* and raises. It never looks at the exception
+type or the result: several phases of HTTP end as a false success when the socket is shut down (a body that
+ends with the connection, half-sent headers).
 
-Why a duplicate: ``close()`` from another thread wakes nobody, and the number it frees may be somebody else's socket a
-microsecond later. ``ssl`` and urllib3 close in many places, outside any lock of ours; a duplicate cannot be reused under us. Why
-never through the ``SSLSocket``: its ``shutdown`` drops the TLS layer first, and the owner would go on in plain text.
-The price: one more descriptor for each connection, and a duty: the peer sees no FIN before the duplicate is closed as well.
+Why a duplicate: ``close()`` from another thread wakes nobody, and the number it frees may be somebody else's
+socket a microsecond later. ``ssl`` and urllib3 close in many places, outside any lock of ours; a duplicate
+cannot be reused under us. Why never through the ``SSLSocket``: its ``shutdown`` drops the TLS layer first,
+and the owner would go on in plain text. The price: one more descriptor for each connection, and a duty: the
+peer sees no FIN before the duplicate is closed as well.
 
-States: *idle* (no token) -> *attached* (one token) -> *idle* ... until *fired* (shut down; for ever) or *closed* (no holder left).
+States: *idle* (no token) -> *attached* (one token) -> *idle* ... until *fired* (shut down; for ever) or
+    *closed* (no holder left).
 
 Invariants
-    1. ``shutdown`` happens with the lock held, on an open duplicate, while ``_token`` is cancelled. So after `detach` has
+    1. ``shutdown`` happens with the lock held, on an open duplicate, while ``_token`` is cancelled. So after
+        `detach` has
        returned, no cancel reaches the connection, and a late wake-up by a token of the past does nothing.
-    2. Only `detach` and the entry into a shielded call ever *wait* for the lock, for as long as one system call takes. `wake` and
-       `release` run in cancellers, signal handlers and finalizers: they leave a mark and try the lock; who holds it looks at
-       the marks after letting go (`_settle`). Hence no waiting for oneself.
+    2. Only `detach` and the entry into a shielded call ever *wait* for the lock, for as long as one system
+        call takes. `wake` and
+       `release` run in cancellers, signal handlers and finalizers: they leave a mark and try the lock; who
+       holds it looks at the marks after letting go (`_settle`). Hence no waiting for oneself.
     3. The lock is a leaf: nothing is called under it but the socket.
 
-Fork: a guard belongs to the process that made it. In another one it never shuts down the connection, which is the parent's too.
+Fork: a guard belongs to the process that made it. In another one it never shuts down the connection, which is
+    the parent's too.
 """
 
 from __future__ import annotations
@@ -46,7 +52,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Guard"]
 
-# SO_LINGER with a time of 0: `shutdown` sends RST at once. A FIN would queue behind megabytes that nobody reads.
+# SO_LINGER with a time of 0: `shutdown` sends RST at once. A FIN would queue behind megabytes that nobody
+# reads.
 _ABORT = struct.pack("ii", 1, 0)
 _SIOCOUTQNSD = 0x894B  # Linux: how many bytes of the send queue have not left this machine
 
@@ -57,7 +64,8 @@ class Guard:
     One thread at a time uses a guard, as with the connection itself; `wake` may be called by any thread.
 
     Args:
-        sock: A connected or connecting socket. The guard duplicates its descriptor and keeps no reference to it.
+        sock: A connected or connecting socket. The guard duplicates its descriptor and keeps no reference to
+            it.
     """
 
     __slots__ = (
@@ -83,17 +91,28 @@ class Guard:
         self._explicit = False  # whoever reads asked for this token (`Session(token=...)`)
         self._uploading = False  # the owner is inside of a write
         self._rung = False  # a mark: a canceller called
-        self._holders = [None]  # one entry each for the connection and its open files; append and pop are atomic
+        self._holders = [
+            None
+        ]  # one entry each for the connection and its open files; append and pop are atomic
         self._pid = _primitives.getpid()
 
     def __repr__(self) -> str:
-        state = "closed" if not self._holders else "fired" if self._fired else "attached" if self._token else "idle"
+        state = (
+            "closed"
+            if not self._holders
+            else "fired"
+            if self._fired
+            else "attached"
+            if self._token
+            else "idle"
+        )
         return f"<Guard of fd {self._dup.fileno()}, {state}>"
 
     def __del__(self) -> None:
         self._dup.close()  # takes no lock; nobody else is left who could
 
-    # --- the token ----------------------------------------------------------------------------------------------
+    # --- the token
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def token(self) -> CancellationToken | None:
@@ -129,14 +148,17 @@ class Guard:
             tokens.detach(token, self)
         return not self._fired
 
-    # --- the owner's side ---------------------------------------------------------------------------------------
+    # --- the owner's side
+    # ---------------------------------------------------------------------------------------
 
     def call(self, operation: Callable[..., Any], *args: Any, upload: bool = False) -> Any:
         """Run one blocking socket call, and let the token decide what its end means.
 
         Raises:
-            Cancelled: The token is cancelled, whatever the call answered; its own error, if any, is the ``__cause__``.
-            TaskCancelled: As above, but the token is that of a foreign task, and this thread's own is not cancelled.
+            Cancelled: The token is cancelled, whatever the call answered; its own error, if any, is the
+                ``__cause__``.
+            TaskCancelled: As above, but the token is that of a foreign task, and this thread's own is not
+                cancelled.
         """
         shielded = standing_back() and self._enter_shield()
         self.check()
@@ -173,7 +195,8 @@ class Guard:
         tokens.raise_if_cancelled(here, error)
         if here is token or self._explicit or standing_back():
             tokens.raise_if_cancelled(token, error)
-        # `Cancelled` is raised only in a thread that is cancelled itself; this one merely uses what a task left.
+        # `Cancelled` is raised only in a thread that is cancelled itself; this one merely uses what a task
+        # left.
         raise TaskCancelled("the response belongs to a task that was cancelled", token.reason) from error
 
     def _stands_back(self, token: CancellationToken) -> bool:
@@ -190,7 +213,8 @@ class Guard:
         self._settle()
         return True
 
-    # --- the canceller's side -----------------------------------------------------------------------------------
+    # --- the canceller's side
+    # -----------------------------------------------------------------------------------
 
     def wake(self) -> None:
         """Shut the connection down if its token is cancelled. Never blocks, never raises, never closes."""
@@ -248,7 +272,8 @@ class Guard:
             return 0
         return int(struct.unpack("i", answer)[0])
 
-    # --- who keeps it open --------------------------------------------------------------------------------------
+    # --- who keeps it open
+    # --------------------------------------------------------------------------------------
 
     def retain(self) -> None:
         """Count one more holder: the connection itself is the first, each open file of it another."""

@@ -1,10 +1,12 @@
 """Name resolution that can be left alone.
 
-``getaddrinfo`` cannot be cancelled on any system and knows no timeout: with a dead resolver, ``requests.get(timeout=1)`` takes as
-long as the resolver likes. So a name is looked up on a thread of its own, and a caller who is cancelled abandons it.
+``getaddrinfo`` cannot be cancelled on any system and knows no timeout: with a dead resolver,
+``requests.get(timeout=1)`` takes as long as the resolver likes. So a name is looked up on a thread of its
+own, and a caller who is cancelled abandons it.
 
-The thread is a bare daemon: the worker of an executor would hold up the end of the process for as long as the resolver does.
-Abandoned threads are counted, and at `MAX_ABANDONED` of them further names fail at once instead of piling up more.
+The thread is a bare daemon: the worker of an executor would hold up the end of the process for as long as the
+resolver does. Abandoned threads are counted, and at `MAX_ABANDONED` of them further names fail at once
+instead of piling up more.
 """
 
 from __future__ import annotations
@@ -55,9 +57,13 @@ class _Lookup:
             _stuck.discard(self)
 
     def take(self) -> list[Address]:
-        if self.error is not None:
-            raise self.error
-        return self.answer
+        error, self.error = self.error, None
+        if error is None:
+            return self.answer
+        try:
+            raise error
+        finally:
+            del error  # break the cycle of exception and frame
 
 
 def abandoned() -> int:
@@ -66,7 +72,9 @@ def abandoned() -> int:
     return sum(lookup.pid == here for lookup in tuple(_stuck))
 
 
-def resolve(host: str, port: int, *, token: tokens.CancellationToken, family: int = socket.AF_UNSPEC) -> list[Address]:
+def resolve(
+    host: str, port: int, *, token: tokens.CancellationToken, family: int = socket.AF_UNSPEC
+) -> list[Address]:
     """Look up the stream addresses of a name; addresses in digits are answered without a thread.
 
     Args:
@@ -84,7 +92,8 @@ def resolve(host: str, port: int, *, token: tokens.CancellationToken, family: in
         return socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
     if abandoned() >= MAX_ABANDONED:
         raise socket.gaierror(
-            socket.EAI_AGAIN, f"{MAX_ABANDONED} abandoned name look-ups are still stuck; the resolver does not answer"
+            socket.EAI_AGAIN,
+            f"{MAX_ABANDONED} abandoned name look-ups are still stuck; the resolver does not answer",
         )
     return _wait(_start(_Lookup(host, port, family)), token)
 

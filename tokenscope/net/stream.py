@@ -69,7 +69,9 @@ class GuardedSocket:
             ValueError: Any mode but ``"rb"``: such a file would block where no cancel reaches it.
         """
         if mode not in {"rb", "br"}:
-            raise ValueError(f"a guarded socket opens files in mode 'rb' only, not {mode!r}; write with sendall()")
+            raise ValueError(
+                f"a guarded socket opens files in mode 'rb' only, not {mode!r}; write with sendall()"
+            )
         reader = GuardedReader(self._sock.makefile("rb", 0, **options), self._guard)
         if buffering == 0:
             return reader
@@ -78,8 +80,8 @@ class GuardedSocket:
     def shutdown(self, how: int) -> None:
         """Shut the connection down below TLS, and only while it is in use.
 
-        The socket's own method would drop the TLS layer under a reader, and would hit whoever has taken the connection
-        out of its pool since.
+        The socket's own method would drop the TLS layer under a reader, and would hit whoever has taken the
+        connection out of its pool since.
         """
         self._guard.shutdown(how)
 
@@ -102,8 +104,17 @@ class GuardedReader(io.RawIOBase):
         self._guard = guard
         guard.retain()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
+    # No __getattr__: io.IOBase asks ten times a request for a private field that is not there.
+
+    @property
+    def name(self) -> Any:
+        """What the socket's own file says: the descriptor."""
+        return getattr(self._raw, "name", -1)
+
+    @property
+    def _sock(self) -> Any:
+        """The socket below; some clients (docker's) fetch it from here."""
+        return getattr(self._raw, "_sock", None)
 
     @override
     def readable(self) -> bool:

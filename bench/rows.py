@@ -1,0 +1,7 @@
+"""All rows, in the order of the table."""
+
+from __future__ import annotations
+
+from bench import scopes, tokens
+
+ROWS = (*tokens.ROWS, *scopes.ROWS)

@@ -1,0 +1,221 @@
+"""End to end on every real server: clients that leave are noticed, all others are served, nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from peers import Peer
+from peers.server import Gone
+from servers import KINDS, PATIENCE, THREADED, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peers import Exchange
+    from servers import Answer, Server
+
+REQUESTS = 200
+CLIENTS = 8
+ANSWER = b"hello" * 3
+
+
+def script(exchange: Exchange) -> None:
+    """The upstream server: a whole answer, or the beginning of one that never ends."""
+    request = exchange.read_request()
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"5\r\nhello\r\n"
+    if request.target == "/answer":
+        exchange.send(head, chunk * 3, b"0\r\n\r\n")
+        raise Gone
+    exchange.send(head, chunk)
+    exchange.hang()
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Peer]:
+    """The server that the views wait for."""
+    with Peer(script) as peer:
+        yield peer
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(
+    request: pytest.FixtureRequest, upstream: Peer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Each real server in turn, running the guarded app."""
+    folder = tmp_path_factory.mktemp("server")
+    env = {"UPSTREAM": upstream.url("")}
+    with serve(request.param, "integrations/guarded_app.py:make", folder, env=env) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _quiet_journal(server: Server) -> Iterator[None]:
+    """A test reads what it caused, not what another left; and no token ever leaks to the next request."""
+    server.journal.so_far()
+    yield
+    assert not [entry for entry in server.journal.so_far() if entry["what"] == "leaked"]
+
+
+def held(server: Server) -> dict[str, Any]:
+    """What the server's process holds."""
+    return json.loads(server.ask("/census").body)
+
+
+def wait_for_peace(server: Server, upstream: Peer) -> None:
+    """Wait until no child runs in the server, and none of its connections to the upstream server is open."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        busy = held(server)["threads"].count("fetch")
+        if not busy and not upstream._open:
+            return
+        assert time.monotonic() < end, f"{busy} children, {len(upstream._open)} connections"
+
+
+class Crowd:
+    """Clients that ask and stay, or leave at a random moment."""
+
+    def __init__(self, server: Server, seed: int) -> None:
+        self.server = server
+        self.random = random.Random(seed)
+        self.leavers: set[str] = set()  # endpoints that must be cancelled
+        self.undecided: set[str] = set()  # left when the answer was on its way: either is right
+        self.wrong: list[str] = []
+
+    def run(self, requests: int) -> None:
+        """Send all requests, every third from a client that leaves."""
+        plans = [self._plan(number) for number in range(requests)]
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            for outcome in [clients.submit(*plan) for plan in plans]:
+                outcome.result(60)
+
+    def _plan(self, number: int) -> tuple[Any, ...]:
+        if number % 3:
+            name = self.random.choice(["quick", "upstream", "streamed"])
+            return (
+                self._stay,
+                f"/{name}/{number}",
+                {"quick": b"quick", "upstream": ANSWER * 2}.get(name, ANSWER),
+            )
+        moment = self.random.choice(["before", "blocked", "streaming", "answer"])
+        return self._leave, number, moment, self.random.uniform(0, 0.02), self.random.choice(["fin", "rst"])
+
+    def _stay(self, path: str, expected: bytes) -> None:
+        answer: Answer = self.server.ask(path)
+        if (answer.status, answer.body, answer.complete) != (200, expected, True):
+            self.wrong.append(f"{path}: {answer}")
+
+    def _leave(self, number: int, moment: str, pause: float, how: str) -> None:
+        name = {"answer": "quick", "streaming": "stream"}.get(moment, "blocked")
+        path = f"/{name}/{number}"
+        (self.undecided if moment == "answer" else self.leavers).add(f"GET {path}")
+        with self.server.connect() as client:
+            client.send("GET", path)
+            if moment == "streaming":
+                client.read_until(b"hello")
+            if moment != "before":
+                threading.Event().wait(pause if moment != "answer" else pause / 20)
+            client.leave("fin" if moment == "before" else how)  # a reset may drop a request before it is read
+
+
+def test_of_two_hundred_requests_exactly_the_leavers_are_cancelled(server: Server, upstream: Peer) -> None:
+    """A third hang up (early, blocked, streaming, at answer time): these are cancelled, and nobody else."""
+    crowd = Crowd(server, seed=7)
+    before = held(server)
+    crowd.run(REQUESTS)
+    assert not crowd.wrong
+    cancelled = {}
+    for endpoint in crowd.leavers:
+        cancelled[endpoint] = server.expect("cancelled", endpoint=endpoint)
+    wait_for_peace(server, upstream)
+    extra = {entry["endpoint"] for entry in server.journal.so_far() if entry["what"] == "cancelled"}
+    assert extra <= crowd.undecided
+    assert {entry["kind"] for entry in cancelled.values()} == {"client_disconnected"}
+    assert {entry["orphans"] for entry in cancelled.values()} == {0}
+    after = held(server)
+    assert after["pid"] == before["pid"]
+
+
+def test_a_refresh_storm_leaves_nothing_behind(server: Server, upstream: Peer) -> None:
+    """One user opens and leaves the page fifty times in a second; each time all of it is stopped."""
+    endpoints = [f"GET /blocked/storm{number}" for number in range(50)]
+    for endpoint in endpoints:
+        with server.connect() as client:
+            client.send("GET", endpoint.split()[1])
+            threading.Event().wait(0.01)
+    for endpoint in endpoints:
+        server.expect("cancelled", endpoint=endpoint)
+    wait_for_peace(server, upstream)
+    assert server.ask("/quick").body == b"quick"
+
+
+def test_a_post_is_stopped_if_its_view_is_cancellable(server: Server, upstream: Peer) -> None:
+    """The decorator arms a POST, end to end, while its children wait for the upstream server."""
+    with server.connect() as client:
+        client.send("POST", "/blocked_post/1", body=b"{}")
+        server.expect("view", name="blocked_post")
+        client.leave()
+    entry = server.expect("cancelled", endpoint="POST /blocked_post/1")
+    assert (entry["status"], entry["kind"]) == (499, "client_disconnected")
+    wait_for_peace(server, upstream)
+
+
+def test_a_begun_stream_of_a_post_is_stopped(server: Server, upstream: Peer) -> None:
+    """A stream is armed from its first byte, whatever the method."""
+    with server.connect() as client:
+        client.send("POST", "/stream/post", body=b"{}")
+        client.read_until(b"hello")
+        client.leave()
+    server.expect("cancelled", endpoint="POST /stream/post")
+    wait_for_peace(server, upstream)
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("foreign", 500), ("foreign_group", 500), ("own", 503), ("fail", 500)]
+)
+def test_no_cancel_harms_the_worker(server: Server, name: str, status: int) -> None:
+    """Cancels of every origin become an answer; the process lives, and who else it serves is undisturbed."""
+    pid = held(server)["pid"]
+    with contextlib.ExitStack() as stack:
+        bystander = stack.enter_context(server.connect()) if server.kind in THREADED else None
+        if bystander:
+            bystander.send("GET", f"/stream/{name}")
+            bystander.read_until(b"hello")
+        for _ in range(5):
+            assert server.ask(f"/{name}/1").status == status
+        if bystander:
+            bystander.leave()
+            server.expect("cancelled", endpoint=f"GET /stream/{name}")
+    assert held(server)["pid"] == pid
+
+
+@pytest.mark.parametrize("name", ["foreign_stream", "own_stream"])
+def test_a_cancel_in_a_stream_ends_it_quietly(server: Server, name: str) -> None:
+    """Whatever was sent arrives, the connection is not torn, and the worker lives."""
+    pid = held(server)["pid"]
+    answer = server.ask(f"/{name}/1")
+    assert (answer.status, answer.body, answer.complete) == (200, b"first", True)
+    assert held(server)["pid"] == pid
+
+
+def test_a_hang_up_is_noticed_beside_threads_that_compute(server: Server) -> None:
+    """Two CPU-bound threads do not keep a hang-up from reaching a checkpoint. How fast: bench/."""
+    if server.kind not in THREADED:
+        pytest.skip("one request at a time")
+    server.ask("/burn")
+    try:
+        for number in range(5):
+            with server.connect() as client:
+                client.send("GET", f"/spin/{number}")
+                server.expect("view", name="spin")
+                client.leave()
+            server.expect("cancelled", endpoint=f"GET /spin/{number}")
+    finally:
+        server.ask("/cool")

@@ -7,12 +7,13 @@ import itertools
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from bench._table import Contest, Result, Row, Size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from bench._table import Round
 
 
@@ -34,7 +35,7 @@ def in_turn(**contenders: Callable[[], float] | None) -> Round:
 def woven(blocks: int, **contenders: Callable[[], int]) -> Round:
     """A round of rates: each contender does a block of work ``blocks`` times, alternating; work per second.
 
-    Each returns how much it did. Short blocks, close to each other: what else the machine does hits all alike.
+    Each returns how much it did. Short blocks, close to each other: other work on the machine hits all alike.
     """
     names = list(contenders)
 

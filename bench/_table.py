@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 _COMPARE = {"<=": operator.le, "<": operator.lt, ">=": operator.ge}
 
@@ -29,7 +31,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Contest:
-    """Something that can be measured, round after round. ``missing``: peers that are not installed, and how to get them."""
+    """Something to measure, round after round. ``missing``: peers that are not installed, and why."""
 
     play: Round
     missing: Mapping[str, str] = field(default_factory=dict)

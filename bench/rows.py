@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bench import scopes, tokens
+from bench import scopes, servers, tokens, upstreams
 
-ROWS = (*tokens.ROWS, *scopes.ROWS)
+ROWS = (*tokens.ROWS, *scopes.ROWS, *upstreams.ROWS, *servers.ROWS, *upstreams.LEAKS, *servers.LEAKS)

@@ -7,14 +7,16 @@ import contextlib
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenscope
 from bench._peers import Peers
 from bench._rounds import in_turn
 from bench._table import Bar, Contest, Row, Size
 from tokenscope import CancellationToken, ThreadScope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 PATIENCE = 30.0
 
@@ -121,7 +123,10 @@ def slow_callback(size: Size) -> Iterator[Contest]:
         return _delay_of_second(first.on_cancel, second.on_cancel, slow)
 
     def cancelscope() -> float:
-        with peers.cancelscope.CancelScope(timeout=0.05) as first, peers.cancelscope.CancelScope(timeout=0.1) as second:
+        with (
+            peers.cancelscope.CancelScope(timeout=0.05) as first,
+            peers.cancelscope.CancelScope(timeout=0.1) as second,
+        ):
             return _delay_of_second(
                 lambda fn: first.on_cancel(lambda _: fn()), lambda fn: second.on_cancel(lambda _: fn()), slow
             )
@@ -131,7 +136,9 @@ def slow_callback(size: Size) -> Iterator[Contest]:
 
 
 def _delay_of_second(
-    on_first: Callable[[Callable[[], object]], object], on_second: Callable[[Callable[[], object]], object], slow: float
+    on_first: Callable[[Callable[[], object]], object],
+    on_second: Callable[[Callable[[], object]], object],
+    slow: float,
 ) -> float:
     due = time.monotonic() + 0.1
     done, rang = threading.Event(), threading.Event()
@@ -190,7 +197,9 @@ def _milliseconds_since(start: float) -> float:
 ROWS = (
     Row("spawn", "spawn and join 1,000 trivial tasks", "ms", Bar("<=", 0.8), spawn, peer="executor"),
     Row("failing-child", "one fails, 10 sleep: the scope raises, p50", "ms", Bar("<=", 2, "ms"), failing),
-    Row("sleepers", "1,000 asleep: cancel to all joined", "ms", Bar("<=", 1.3), sleepers, peer="bare threads"),
+    Row(
+        "sleepers", "1,000 asleep: cancel to all joined", "ms", Bar("<=", 1.3), sleepers, peer="bare threads"
+    ),
     Row(
         "slow-callback",
         "a 2 s callback delays another deadline",

@@ -8,14 +8,16 @@ import itertools
 import time
 import tracemalloc
 import types
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from bench._peers import Peers
 from bench._rounds import in_turn, per_loop
 from bench._table import Bar, Contest, Row, Size
 from tokenscope import CancellationToken
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 DEEP = 1_000
 
@@ -239,11 +241,23 @@ ROWS = (
     Row("check", "a live token, depth 1", "ns", Bar("<=", 1.15), check, peer="bare", also=_BESIDE_CHECK),
     Row("check-deep", f"the same at depth {DEEP:,}", "ns", Bar("<=", 1.15), check, ours="deep", peer="bare"),
     Row(
-        "child", "make and drop a plain child", "ns", Bar("<=", 0.75), child, peer="cantok", also=("cancelscope", "trio")
+        "child",
+        "make and drop a plain child",
+        "ns",
+        Bar("<=", 0.75),
+        child,
+        peer="cantok",
+        also=("cancelscope", "trio"),
     ),
     Row("child-bytes", "each of 100,000 children", "bytes", Bar("<=", 250, "bytes"), memory, peer="cantok"),
     Row(
-        "cancel-leaves", "cancel 10,000 leaves", "us", Bar("<=", 0.1), leaves, peer="cancelscope", also=("trio",)
+        "cancel-leaves",
+        "cancel 10,000 leaves",
+        "us",
+        Bar("<=", 0.1),
+        leaves,
+        peer="cancelscope",
+        also=("trio",),
     ),
     Row("cancel-chain", "cancel a chain 10,000 deep", "us", Bar("<", 10_000, "us"), chain),
 )

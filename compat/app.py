@@ -1,11 +1,11 @@
 """The WSGI app under test. It runs inside the server's process and tells a journal what happens to it.
 
 /answer          says hello, at once
-/work            spawns children that block upstream in every way the client knows, and one that sleeps; waits for them
+/work            spawns children that block upstream in every way the client knows, and one that sleeps; waits
 /deadline        the same, with a time limit on the request
 /stream          streams what comes from upstream
 /relay           answers with what upstream answers
-/census          what this process holds: threads and descriptors. Outside of tokenscope, like nothing else here
+/census          what this process holds: threads and descriptors. The only page outside of tokenscope
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: Seconds that a request to /deadline may take.
 DEADLINE = 1.0
 
-# Connections with which the calls of one request are made: the first half of them in plain text, then TLS.
+# Each call of a request is made over both.
 _SCHEMES = ("http", "https")
 
 
@@ -120,7 +120,7 @@ def _call(call: Callable[[str], object], url: str) -> Callable[[], object]:
 
 
 def _visit(environ: WSGIEnvironment) -> str:
-    return dict(parse_qsl(environ["QUERY_STRING"])).get("visit", "")
+    return str(dict(parse_qsl(environ["QUERY_STRING"])).get("visit", ""))
 
 
 def _page(start_response: StartResponse, body: bytes) -> list[bytes]:

@@ -1,19 +1,21 @@
 """The story, in numbered steps, the same for every peer.
 
-A visitor asks for work. The app spawns children, which block in calls to an upstream service that has fallen silent. The
-visitor hangs up, or a deadline passes. Then everything that the library promises must be seen to happen, by somebody who
-stands outside of the process: the upstream, another visitor, the operating system.
+A visitor asks for work. The app spawns children, which block in calls to an upstream service that has fallen
+silent. The visitor hangs up, or a deadline passes. Then everything that the library promises must be seen to
+happen, by somebody who stands outside of the process: the upstream, another visitor, the operating system.
 
-Times are seconds between two events in different processes (one monotonic clock serves them all), from the cause to the
-last effect; a step that is repeated tells the median. A step fails when its claim is false, or when it takes `PROMPT` or
-longer: what is noticed that late was not noticed but found out by accident.
+Times are seconds between two events in different processes (one monotonic clock serves them all), from the
+cause to the last effect; a step that is repeated tells the median. A step fails when its claim is false, or
+when it takes `PROMPT` or longer: what is noticed that late was not noticed but found out by accident.
 
 Run by `run.py` in the environment of a cell: `python -m compat.scenario CELL.json RESULT.json`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import signal
 import ssl
 import statistics
 import sys
@@ -31,7 +33,7 @@ from compat.upstream import Notes, Upstream
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-#: Seconds for a step that has to be prompt. Generous: it tells "woken" from "found out by accident", on any machine.
+#: Seconds for a step that has to be prompt. Generous: on any machine it tells "woken" from "by accident".
 PROMPT = 1.0
 
 #: How often a hang-up is told; every third visitor leaves by a reset.
@@ -51,8 +53,10 @@ class Step:
 STEPS: list[Step] = []
 
 
-def step(name: str, claim: str) -> Callable[[Callable[[Story], float | None]], Callable[[Story], float | None]]:
-    """Make a method the next step of the story. It returns seconds, or None where there is nothing to measure."""
+def step(
+    name: str, claim: str
+) -> Callable[[Callable[[Story], float | None]], Callable[[Story], float | None]]:
+    """Make a method the next step of the story. It returns seconds, if there is something to measure."""
 
     def add(tell: Callable[[Story], float | None]) -> Callable[[Story], float | None]:
         STEPS.append(Step(len(STEPS) + 1, name, claim, tell))
@@ -93,14 +97,15 @@ class Story:
         self._visits = 0
         self._seen: list[HangUp] = []
 
-    # --- the steps ----------------------------------------------------------------------------------------------------
+    # --- the steps ------------------------------------------------------------------------------------------
 
     @step("start", "the server starts with the built wheel, and answers")
     def start(self) -> float:
         began = time.monotonic()
         serving = self.server.journal.expect("serving")
         self.ran = serving["versions"]
-        assert Path(serving["tokenscope"]).is_relative_to(sys.prefix), f"not the wheel: {serving['tokenscope']}"
+        where = Path(serving["tokenscope"])
+        assert where.is_relative_to(sys.prefix), f"this is not the wheel: {where}"
         assert self.server.get("/answer") == (200, b"hello")
         return time.monotonic() - began
 
@@ -135,16 +140,9 @@ class Story:
     def stream(self) -> float:
         return statistics.median(self._leave_a_stream() for _ in range(ROUNDS // 2))
 
-    @step("deadline", "a deadline passes: every child is told that this is why, and the visitor gets a 504")
+    @step("deadline", "a deadline passes: every child is told that this is why, the visitor gets a 504")
     def deadline(self) -> float:
-        visit = self._new_visit()
-        with self.server.visit("/deadline", visit) as visitor:
-            status, _body = visitor.answer()
-            answered = time.monotonic()
-        assert status == 504, f"the visitor got {status}"
-        ends = self._ends(visit, self._children, "deadline")
-        self._left(visit, self._calls)
-        return _prompt(answered - ends[0]["deadline"])
+        return statistics.median(self._wait_too_long() for _ in range(ROUNDS // 4))
 
     @step("keep-alive", "after a 504 the visitor's connection serves the next request")
     def keep_alive(self) -> None:
@@ -157,7 +155,8 @@ class Story:
     def pool(self) -> None:
         visit = self._new_visit()
         with self.server.visit("/work", visit) as visitor:
-            cut = {note.connection for call, note in self._reached(visit, self._calls).items() if call.endswith("-http")}
+            reached = self._reached(visit, self._calls)
+            cut = {note.connection for call, note in reached.items() if call.endswith("-http")}
             visitor.leave()
             self._ends(visit, self._children, "client_disconnected")
             self.server.journal.expect("joined", visit=visit)
@@ -189,7 +188,7 @@ class Story:
         assert status == 0, f"exit status {status}"
         return time.monotonic() - asked
 
-    # --- what happens in them -----------------------------------------------------------------------------------------
+    # --- what happens in them -------------------------------------------------------------------------------
 
     @property
     def _children(self) -> set[str]:
@@ -224,6 +223,16 @@ class Story:
         joined = self.server.journal.expect("joined", visit=visit)
         return _prompt(max(end["at"], joined["at"], self._left(visit, {"stream"})) - left)
 
+    def _wait_too_long(self) -> float:
+        """One visitor waits until the deadline; seconds from there to all that follows from it."""
+        visit = self._new_visit()
+        with self.server.visit("/deadline", visit) as visitor:
+            status, _body = visitor.answer()
+            answered = time.monotonic()
+        assert status == 504, f"the visitor got {status}"
+        ends = self._ends(visit, self._children, "deadline")
+        return _prompt(max(answered, self._left(visit, self._calls)) - ends[0]["deadline"])
+
     def _reached(self, visit: str, calls: set[str]) -> Mapping[str, Any]:
         return self._notes.expect("reached", visit, calls, self._patience)
 
@@ -254,11 +263,11 @@ def _more(now: tuple[list[str], list[str]], before: tuple[list[str], list[str]])
     return ", ".join(f"{count} x {what}" for what, count in sorted(extra.items()))
 
 
-# --- telling it -------------------------------------------------------------------------------------------------------
+# --- telling it ---------------------------------------------------------------------------------------------
 
 
 def tell(story: Story, limits: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Tell the whole story; one record for each step. `limits`: why some steps cannot be told to this peer."""
+    """Tell the whole story; a record for each step. `limits`: why some steps cannot be told to this peer."""
     records: list[dict[str, Any]] = []
     for told in STEPS:
         record: dict[str, Any] = {"step": told.name}
@@ -314,14 +323,13 @@ def _certificates(folder: Path) -> tuple[ssl.SSLContext, Path]:
 
 def _calls_of(client: str) -> set[str]:
     """The names of all calls that block, as the app makes them from the client's `CALLS`."""
-    import importlib
-
     calls = importlib.import_module(f"compat.peers.{client}").CALLS
     return {f"{name}-{scheme}" for name in calls for scheme in ("http", "https")}
 
 
 def main(cell: str, result: str) -> None:
     """Read what to do from one file, write what was seen into another."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("the story was stopped"))
     todo = json.loads(Path(cell).read_text())
     with tempfile.TemporaryDirectory() as folder:
         records, ran = perform(todo["server"], todo["client"], todo["limits"], Path(folder))

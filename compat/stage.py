@@ -1,4 +1,4 @@
-"""What the story is told with: the server's process, the journal of the app in it, and visitors who hang up."""
+"""What the story is told with: the server's process, the journal of its app, and visitors who hang up."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import subprocess
 import sys
 import time
 from fcntl import fcntl
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 #: Seconds after which something does not happen any more. Nothing in the story waits without it.
 PATIENCE = 10.0

@@ -2,7 +2,7 @@
 
 /answer          the number of the connection that asked
 /gate            the same, once the gate is open
-anything else    silence: /fetch before the head, /urllib3 in the middle of a body, /stream after the first chunk
+anything else    silence: /fetch before the head, /urllib3 within a body, /stream after the first chunk
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Upstream:
         self._connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         port = self._listener.getsockname()[1]
-        self.address = f"{'https' if context else 'http'}://localhost:{port}" if context else f"http://127.0.0.1:{port}"
+        # By name where there is TLS: so the look-up of a name is part of the story.
+        self.address = f"http://127.0.0.1:{port}" if context is None else f"https://localhost:{port}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:

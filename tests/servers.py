@@ -244,8 +244,17 @@ def _command(kind: str, fd: int) -> list[str]:
     return [
         *(sys.executable, "-m", "gunicorn", "servers:app_from_environment()"),
         *("--pythonpath", str(_TESTS), "--bind", f"fd://{fd}", "--workers", "1", "-k", worker, *threads),
-        *("--keep-alive", "5", "--graceful-timeout", "5", "--log-level", "info", "--no-control-socket"),
+        *("--keep-alive", "5", "--graceful-timeout", "5", "--log-level", "info"),
+        *_without_control_socket(),
     ]
+
+
+def _without_control_socket() -> list[str]:
+    """Keep newer gunicorns from writing a socket of their own into the home directory."""
+    from gunicorn.config import KNOWN_SETTINGS
+
+    flag = "--no-control-socket"
+    return [flag] if any(flag in (setting.cli or ()) for setting in KNOWN_SETTINGS) else []
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

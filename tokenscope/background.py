@@ -48,6 +48,8 @@ class BackgroundScope:
                 raise TypeError(f"{what} must be an int, not {number!r}")
             if number < 1:
                 raise ValueError(f"{what} must be 1 or more, not {number!r}")
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {name!r}")
         self.name = name
         self.capacity = capacity
         self._drain_timeout = clock.validate_timeout(drain_timeout, "drain_timeout")
@@ -98,7 +100,8 @@ class BackgroundScope:
         Returns:
             True if everything ended by itself. Idempotent; not a checkpoint.
         """
-        self._closing = True
+        with self._gate.enter():  # whoever spawns at this moment is in before, or refused
+            self._closing = True
         drained = self._wait(self._drain_timeout)
         if not drained:
             self.token.cancel("the background scope was closed", kind=CancelKind.SHUTDOWN)

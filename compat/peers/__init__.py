@@ -1,7 +1,7 @@
 """One small driver for each peer; all that the bench knows about it that is not data.
 
-A server's driver is run as a program, `python -m compat.peers.NAME [ARGUMENT] FD`, and serves `compat.app.build()` on the
-listening socket FD until SIGTERM. It also says which threads are the server's own:
+A server's driver is run as a program, `python -m compat.peers.NAME [ARGUMENT] FD`, and serves
+`compat.app.build()` on the listening socket FD until SIGTERM. It also says which threads are its own:
 
     THREADS: str                          a regular expression for their names
 

@@ -6,12 +6,12 @@ import os
 import sys
 
 # Its pool starts threads when it likes, up to --threads.
-THREADS = r"MainThread|ThreadPoolExecutor-.*|.*Dummy-.*"
+THREADS = r"MainThread|ThreadPoolExecutor-.*"
 
 
 def command(worker: str, fd: int) -> list[str]:
     """Return the command line, as somebody would type it."""
-    from gunicorn import config
+    from gunicorn import config  # type: ignore[import-untyped]
 
     threads = ["--threads", "8"] if worker == "gthread" else []
     # Since 25.1 it puts a socket into the home directory, the same one for all that run.

@@ -1,4 +1,4 @@
-"""requests on urllib3: one session for the whole process, as applications have it, and urllib3 without requests."""
+"""requests on urllib3: one session for the whole process, as applications have it, and urllib3 alone."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ THREADS = r"MainThread|waitress-\d+"
 
 def main(fd: str) -> None:
     """Serve until SIGTERM."""
-    from waitress import create_server
+    from waitress import create_server  # type: ignore[import-untyped]
 
     from compat.app import build
 

@@ -10,14 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 
-from tokenscope.cli import demo, main
-from tokenscope.cli.demo_clients import make_plans
+from tokenscope.cli import demo, demo_process, main
+from tokenscope.cli.demo_clients import make_plans, visit
 from tokenscope.cli.demo_figures import Figures
-from tokenscope.cli.demo_process import ChildServer
+from tokenscope.cli.demo_process import ChildDied, ChildServer
 from tokenscope.cli.demo_receipt import ABORTS_A_DAY, Receipt, broken_promises
 
 PATIENCE = 40.0
@@ -182,6 +183,36 @@ def test_the_same_seed_brings_the_same_clients(clients):
     assert plans == make_plans(clients, seed=5, rate=50)
     assert any(plan.leaves is not None for plan in plans)
     assert clients == 1 or plans != make_plans(clients, seed=6, rate=50)
+
+
+@pytest.mark.parametrize("last_words", [b"", b"HTTP/1.0 200 OK\r\n\r\ndata: half an ans"])
+def test_a_client_that_is_sent_away_has_no_whole_answer(last_words):
+    """An app that breaks off is not taken for one that answered, nor its client for one that hung up."""
+    plan = dataclasses.replace(make_plans(3, seed=1, rate=1e6)[2], comes=0)
+    assert plan.leaves is None
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        coming = pool.submit(visit, server.getsockname(), plan)
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(last_words)
+        outcome = coming.result(PATIENCE)
+    assert not outcome.complete
+    assert outcome.hung_up is None
+    assert outcome.saw_words is bool(last_words)
+
+
+def test_a_server_that_does_not_end_is_ended(monkeypatch):
+    """A child that ignores the end of its stdin does not outlive the demo, which says so if it is asked."""
+    monkeypatch.setattr(demo_process, "PATIENCE", 0.3)
+    stubborn = ChildServer("timeit", "import time; time.sleep(60)", aloud=True)
+    with stubborn, pytest.raises(ChildDied, match="/ledger"):
+        stubborn.ask("/ledger")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(stubborn.address, timeout=PATIENCE)
 
 
 def test_the_model_speaks_the_streaming_wire_format():

@@ -10,7 +10,7 @@ import textwrap
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import tokenscope
 from tokenscope._core import events
@@ -18,12 +18,12 @@ from tokenscope._core import events
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: Seconds after which something that should have happened is given up. Long: it is only ever waited out by a failure.
+#: Seconds after which something that should have happened is given up. Only a failure ever waits them out.
 WAIT = 10.0
 
 
 class Gate:
-    """A door for one child: it says that it has arrived, and stands there, deaf to every cancel, until it is opened."""
+    """A door for one child: it says that it arrived, and stands there, deaf to cancels, until it opens."""
 
     def __init__(self) -> None:
         self.arrived = threading.Event()
@@ -82,6 +82,22 @@ def fail_when_cancelled(started: threading.Event, error: BaseException) -> None:
         raise error
 
 
+def spawn_from_outside(scope: tokenscope.ThreadScope) -> BaseException | None:
+    """Spawn into the scope on a thread that is not of its tree; what that raised."""
+    caught: list[BaseException] = []
+
+    def spawn() -> None:
+        try:
+            scope.spawn(str)
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=spawn)
+    thread.start()
+    thread.join(WAIT)
+    return caught[0] if caught else None
+
+
 def until(seen: Callable[[], object], what: str = "it") -> None:
     """Wait for something that tells nobody when it happens."""
     end = time.monotonic() + WAIT
@@ -102,9 +118,20 @@ def hearing(*kinds: type[events.Event]) -> Iterator[queue.Queue[Any]]:
         unsubscribe()
 
 
-def interrupt_main() -> None:
-    """Press Ctrl-C, also where the main thread is blocked in a lock."""
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+def interrupt_main(noticed: Callable[[], object]) -> None:
+    """Press Ctrl-C, also where the main thread is blocked in a lock.
+
+    Once more if nothing happens: CPython notices a signal that falls between its last look and the blocking
+    call only when that call returns. Two that are noticed together are one.
+    """
+    pause = threading.Event()
+    for _ in range(20):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        for _ in range(50):
+            if noticed():
+                return
+            pause.wait(0.01)
+    raise AssertionError("nobody noticed Ctrl-C")
 
 
 class Program:
@@ -118,7 +145,7 @@ class Program:
             text=True,
         )
 
-    def __enter__(self) -> Program:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

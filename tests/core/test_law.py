@@ -1,7 +1,8 @@
-"""The law of Cancelled: who gets it, what it carries, who may absorb it, and what never looks like a success."""
+"""The law of Cancelled: who gets it, what it carries, who absorbs it, what never looks like a success."""
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 
@@ -23,11 +24,11 @@ from tokenscope import (
 )
 from tokenscope._core import events
 
-# --- who gets it --------------------------------------------------------------------------------------------------
+# --- who gets it --------------------------------------------------------------------------------------------
 
 
 def test_a_healthy_body_that_awaits_a_cancelled_task_gets_task_cancelled():
-    """result() and exception() of a cancelled task raise an Exception with the task's reason, never Cancelled."""
+    """result() and exception() of a cancelled task raise TaskCancelled with its reason, never Cancelled."""
     sleeper = Sleeper()
     with ThreadScope() as scope:
         task = scope.spawn(sleeper.sleep)
@@ -55,7 +56,7 @@ def test_a_cancelled_body_that_awaits_a_cancelled_task_gets_cancelled():
 
 
 def test_a_foreign_cancelled_in_a_child_is_a_failure():
-    """A Cancelled that is not the child's own reaches nobody as such: it becomes TaskCancelled, in a group, with its cause."""
+    """A Cancelled that is not the child's own reaches nobody as such: it becomes TaskCancelled."""
     other = CancellationToken(name="other")
     other.cancel("theirs")
     with pytest.raises(ExceptionGroup) as caught:
@@ -84,7 +85,7 @@ def test_a_foreign_cancelled_in_the_body_passes_and_stops_the_children():
 
 
 def test_a_foreign_cancelled_in_a_cleanup_is_a_failure_and_no_cancelled():
-    """A cleanup that meets somebody's cancel has not cleaned up: that is told as an error, in a group that is an Exception."""
+    """A cleanup that meets somebody's cancel has not cleaned up: that is told as an ordinary error."""
     other = CancellationToken()
     other.cancel()
     with pytest.raises(ExceptionGroup) as caught:
@@ -116,7 +117,7 @@ def test_the_scopes_own_cancel_never_leaves_it_inside_a_group():
     assert caught.value.exceptions[0].exceptions == (error,)
 
 
-# --- what it carries ----------------------------------------------------------------------------------------------
+# --- what it carries ----------------------------------------------------------------------------------------
 
 
 def test_cancelled_carries_the_same_reason_object_everywhere():
@@ -165,7 +166,7 @@ def test_an_explicit_token_never_drops_the_requests():
 
 
 def test_nothing_can_cancel_the_token_outside_all_scopes():
-    """Its cancel is an error, its children are roots, and scopes that are cancelled or fail leave it alone."""
+    """Its cancel is an error, its children are roots, and scopes that are cancelled leave it alone."""
     outside = current_token()
     with pytest.raises(RuntimeError, match="outside"):
         outside.cancel()
@@ -185,7 +186,7 @@ def test_nothing_can_cancel_the_token_outside_all_scopes():
     check()
 
 
-# --- who may absorb it --------------------------------------------------------------------------------------------
+# --- who may absorb it --------------------------------------------------------------------------------------
 
 
 def test_except_exception_does_not_catch_it():
@@ -207,7 +208,13 @@ def test_swallowing_it_once_does_not_save_you():
     raised = []
     with ThreadScope() as scope:
         scope.cancel()
-        for checkpoint in (check, lambda: sleep(0), scope.join, lambda: scope.spawn(check), scope.token.check):
+        for checkpoint in (
+            check,
+            lambda: sleep(0),
+            scope.join,
+            lambda: scope.spawn(check),
+            scope.token.check,
+        ):
             try:
                 checkpoint()
             except Cancelled:
@@ -229,7 +236,7 @@ def test_a_shield_holds_it_off_and_hands_it_on():
             pytest.fail("the cancel was forgotten")
 
 
-# --- what never looks like a success, and what never looks cut ----------------------------------------------------
+# --- what never looks like a success, and what never looks cut ----------------------------------------------
 
 
 def test_a_body_that_finished_before_the_deadline_reached_it_returns_normally():
@@ -258,10 +265,8 @@ def test_a_swallowed_cancelled_of_the_own_deadline_is_no_success():
     """A body that eats Cancelled and returns still leaves as DeadlineExceeded."""
     with pytest.raises(DeadlineExceeded):
         with ThreadScope(timeout=0.01):
-            try:
+            with contextlib.suppress(BaseException):
                 sleep(WAIT)
-            except BaseException:
-                pass
 
 
 def test_a_swallowed_cancelled_of_an_ancestor_is_no_success():
@@ -270,10 +275,8 @@ def test_a_swallowed_cancelled_of_an_ancestor_is_no_success():
     parent.cancel()
     with pytest.raises(Cancelled) as caught:
         with ThreadScope(token=parent):
-            try:
+            with contextlib.suppress(BaseException):
                 check()
-            except BaseException:
-                pass
     assert caught.value.reason is parent.reason
 
 
@@ -281,10 +284,8 @@ def test_a_swallowed_cancelled_of_the_own_cancel_is_no_success():
     """The scope absorbs its own cancel and says so."""
     with ThreadScope() as scope:
         scope.cancel()
-        try:
+        with contextlib.suppress(BaseException):
             check()
-        except BaseException:
-            pass
     assert scope.cancelled_caught
     assert scope.report.outcome == "cancelled"
 
@@ -379,7 +380,7 @@ def test_a_cancel_that_was_absorbed_is_still_told_to_listeners():
 
 
 def test_the_law_holds_at_the_front_door():
-    """Cancelled is a BaseException and no Exception; TaskCancelled is an Exception that concurrent.futures knows."""
+    """Cancelled is no Exception; TaskCancelled is one that concurrent.futures knows."""
     import concurrent.futures
 
     assert not issubclass(tokenscope.Cancelled, Exception)

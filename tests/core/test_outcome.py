@@ -1,4 +1,4 @@
-"""How a scope's end becomes one outcome: the rules as a table, then each of them, and their meetings, in real scopes."""
+"""How a scope's end becomes one outcome: the rules as a table, then each of them in real scopes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from actors import WAIT, Gate, Sleeper, fail, fail_when_cancelled, hearing, interrupt_main, until
 
 from tokenscope import (
+    CancelKind,
     CancellationToken,
     Cancelled,
-    CancelKind,
     DeadlineExceeded,
     StragglersLeft,
     TaskCancelled,
@@ -34,7 +34,7 @@ def notes_of(error):
     return getattr(error, "__notes__", [])
 
 
-# --- the table ----------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def test_nothing_happened_is_a_success():
@@ -178,7 +178,7 @@ def test_deciding_twice_notes_once():
     assert len(notes_of(ending.body)) == 1
 
 
-# --- rule 1, in real scopes ---------------------------------------------------------------------------------------
+# --- rule 1, in real scopes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_ctrl_c_while_joining_cancels_and_goes_on_joining():
 
     def press_then_sleep():
         until(lambda: scope.snapshot().state == "leaving", "leaving")
-        interrupt_main()
+        interrupt_main(lambda: scope.token.cancelled)
         sleeper.sleep()
 
     with pytest.raises(KeyboardInterrupt):
@@ -245,7 +245,7 @@ def test_an_interrupt_in_a_cleanup_comes_out_after_all_cleanups():
     assert ran == ["first"]
 
 
-# --- rule 2 -------------------------------------------------------------------------------------------------------
+# --- rule 2 -------------------------------------------------------------------------------------------------
 
 
 def test_a_child_that_fails_while_the_parent_is_cancelled_is_a_note_on_cancelled():
@@ -309,7 +309,7 @@ def test_a_queued_child_that_an_ancestor_kept_from_starting_is_enough_for_cancel
     assert scope.report.tasks.finished == 1
 
 
-# --- rule 3 -------------------------------------------------------------------------------------------------------
+# --- rule 3 -------------------------------------------------------------------------------------------------
 
 
 def test_the_bodys_own_failure_leaves_as_it_is():
@@ -379,7 +379,7 @@ def test_a_cleanup_that_fails_while_the_body_failed_is_reported_after_it():
 
 
 def test_a_failing_child_wakes_the_body_and_the_siblings():
-    """A child's failure cancels all with `sibling_failed`, names the task, and the Cancelled of the body is no failure."""
+    """A child's failure cancels all with `sibling_failed`; the Cancelled of the body is no failure."""
     sleeper, gate, error = Sleeper(), Gate(), ValueError("child")
     with pytest.raises(ExceptionGroup) as caught:
         with ThreadScope() as scope:
@@ -464,11 +464,11 @@ def test_collect_lets_children_run_on_when_the_body_fails():
     assert healthy.result() == "done"
 
 
-# --- rules 4, 5 and 6 ---------------------------------------------------------------------------------------------
+# --- rules 4, 5 and 6 ---------------------------------------------------------------------------------------
 
 
 def test_the_own_deadline_leaves_as_deadline_exceeded():
-    """A body cut short by the scope's timeout leaves as DeadlineExceeded with the reason, and Cancelled as its cause."""
+    """A body cut short by the scope's timeout leaves as DeadlineExceeded, with reason and cause."""
     with pytest.raises(DeadlineExceeded) as caught:
         with ThreadScope(timeout=0.01) as scope:
             sleep(WAIT)

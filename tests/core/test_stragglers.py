@@ -1,4 +1,4 @@
-"""Children that do not obey: told with name and stack, waited for or given up, and counted as what they are."""
+"""Children that do not obey: told with name and stack, waited for or given up, and counted."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_scope_that_was_not_cancelled_waits_without_complaint():
 
 
 def test_a_cancel_long_ago_is_told_once_not_once_per_doubling():
-    """A body that took long to leave after the cancel finds its stragglers told once for the time that has passed."""
+    """A body that took long to leave has its stragglers told once for all the time that has passed."""
     gate, far_past = Gate(), threading.Event()
     with hearing(events.StragglerSeen) as heard:
         with ThreadScope(grace=0.001) as scope:
@@ -80,7 +80,7 @@ def test_a_cancel_long_ago_is_told_once_not_once_per_doubling():
 
 
 def test_abandon_gives_the_straggler_up_with_name_and_stack():
-    """StragglersLeft, an Orphaned event, the report: all name it; its cleanups and siblings are not touched by that."""
+    """StragglersLeft, an Orphaned event, the report: all name it; cleanups and siblings are as ever."""
     gate, sleeper, cleaned = Gate(), Sleeper(), []
     with hearing(events.Orphaned) as heard, hearing(events.OrphanEnded) as ended:
         with pytest.raises(StragglersLeft) as caught:
@@ -196,9 +196,8 @@ def test_a_straggler_that_a_second_interrupt_gave_up_is_named():
 
     def press_twice():
         until(lambda: scope.snapshot().state == "leaving")
-        interrupt_main()
-        until(lambda: scope.token.cancelled)
-        interrupt_main()
+        interrupt_main(lambda: scope.token.cancelled)
+        interrupt_main(lambda: scope.report.orphans)
         gate.hold()
 
     with hearing(events.OrphanEnded) as ended:

@@ -1,4 +1,4 @@
-"""Tasks as futures: what concurrent.futures and asyncio see of them, their states, and how one is cancelled alone."""
+"""Tasks as futures: what concurrent.futures and asyncio see, their states, how one is cancelled alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from actors import WAIT, Gate, Sleeper, fail, hearing, until
 from tokenscope import (
     CancellationToken,
     DeadlineExceeded,
+    ScopeClosed,
     StragglersLeft,
     TaskCancelled,
     ThreadScope,
@@ -26,7 +27,7 @@ from tokenscope._core import events
 
 @pytest.fixture
 def four_ends():
-    """A scope's tasks, one per way to end: succeeded, failed, cancelled while running, cancelled in the queue; and a way to begin."""
+    """One task per way to end: succeeded, failed, cancelled running or queued; and how to end them."""
     gate, sleeper = Gate(), Sleeper()
     with ThreadScope(on_error="collect", max_threads=3) as scope:
         try:
@@ -85,7 +86,7 @@ def test_concurrent_futures_as_completed_yields_tasks(four_ends):
 
 
 def test_asyncio_wraps_tasks(four_ends):
-    """wrap_future() gives value, error and asyncio's own CancelledError, for a running and for a queued task."""
+    """wrap_future() gives value, error and asyncio's own CancelledError, for running and queued tasks."""
     tasks, end_all = four_ends
 
     async def gather():
@@ -188,7 +189,11 @@ def test_cancel_tells_whether_it_won():
         assert task.cancel("first", kind="stopped", tag="t") is True
         assert task.cancel("second") is False
         assert scope.join(WAIT)
-    assert (task.token.reason.message, task.token.reason.kind, task.token.reason.tag) == ("first", "stopped", "t")
+    assert (task.token.reason.message, task.token.reason.kind, task.token.reason.tag) == (
+        "first",
+        "stopped",
+        "t",
+    )
     assert not done.token.cancelled
 
 
@@ -226,7 +231,7 @@ def test_cancelling_the_scope_ends_all_queued_tasks_at_once():
 
 
 def test_queued_tasks_are_ended_once_by_many_cancellers_and_the_joiner():
-    """Cancels of single tasks and of the scope, from four threads, and the exit at the same time: each task ends and counts once."""
+    """Four threads cancel tasks and scope while the scope is left: each task ends and counts once."""
     problems = (events.CallbackFailed, events.ThreadFailed)
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -243,7 +248,9 @@ def end_many_queued_tasks_at_once():
     gate, go = Gate(), threading.Barrier(5, timeout=WAIT)
     with ThreadScope(max_threads=1) as scope:
         scope.spawn(gate.hold)
+        gate.await_arrival()
         tasks = [scope.spawn(str) for _ in range(12)]
+        concurrent.futures.wait(tasks, timeout=0)  # whoever has been waited for is published another way
 
         def cancel_some(mine):
             go.wait()
@@ -365,7 +372,8 @@ def test_a_deadline_ends_the_wait_for_a_task():
 
 
 def test_a_task_is_known_by_name_kind_scope_and_thread():
-    """The thread bears the task's name while it runs, and current_scope() and current_token() are the task's."""
+    """The thread bears the task's name while it runs, and what is current is the task's."""
+
     def look():
         return threading.current_thread().name, current_scope(), current_token()
 
@@ -404,7 +412,7 @@ def test_keyword_arguments_reach_the_function():
 
 @pytest.mark.parametrize("interrupt", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
 def test_an_interrupt_raised_by_a_child_is_its_failure(interrupt):
-    """A child that calls sys.exit() ends neither process nor scope in silence: the scope raises it in a group."""
+    """A child that calls sys.exit() ends nothing in silence: the scope raises it in a group."""
     with pytest.raises(BaseExceptionGroup) as caught:
         with ThreadScope() as scope:
             scope.spawn(fail, interrupt)
@@ -426,7 +434,7 @@ def test_a_done_callback_that_raises_keeps_no_scope_open(error, caplog):
 
 @pytest.mark.parametrize("error", [ValueError("callback"), SystemExit(3), KeyboardInterrupt()])
 def test_a_cancel_callback_that_raises_keeps_no_scope_open(error, caplog):
-    """A failing child whose cancel meets a user's callback that calls sys.exit() still ends, and so does its scope."""
+    """A failing child whose cancel meets a callback that calls sys.exit() still ends, as does its scope."""
     failure = ValueError("child")
     with pytest.raises(ExceptionGroup) as caught:
         with ThreadScope() as scope:
@@ -448,12 +456,16 @@ def test_an_abandoned_task_that_fails_later_is_told():
     assert (told.scope, told.task, told.error) == (scope.name, "orphan", error)
 
 
-def test_defer_into_a_task_that_has_ended_is_an_error():
-    """A cleanup that nobody would run any more is refused, not forgotten."""
-    with ThreadScope() as scope:
-        task = scope.spawn(str)
+def test_defer_into_a_task_that_does_not_run_is_an_error():
+    """A cleanup that nobody might run, before the task began or after it ended, is refused."""
+    gate = Gate()
+    with ThreadScope(max_threads=1) as scope:
+        task, queued = scope.spawn(gate.hold), scope.spawn(str)
+        with pytest.raises(ScopeClosed, match="queued"):
+            queued.defer(print)
+        gate.open()
         assert scope.join(WAIT)
-        with pytest.raises(RuntimeError, match="ended"):
+        with pytest.raises(ScopeClosed, match="done"):
             task.defer(print)
 
 

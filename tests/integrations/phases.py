@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from peers import Attempt, Authority, FullBacklog, Peer, blocked_in, wait_until
 from peers import scripts as play
-from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from tokenscope.integrations.requests import CancellableAdapter, Session
@@ -44,7 +43,7 @@ class Bench:
         session.trust_env = False
         session.verify = self.authority.ca_file if self.authority else True
         if options:
-            adapter: HTTPAdapter = CancellableAdapter(**options)
+            adapter = CancellableAdapter(**options)
             session.mount("http://", adapter)
             session.mount("https://", adapter)
         return session

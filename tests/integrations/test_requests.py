@@ -1,4 +1,4 @@
-"""The doors: `Session`, `CancellableAdapter`, `mount`, `instrument`; whose token counts; what is left alone."""
+"""The doors: `Session`, `mount`, `instrument`; whose token counts; what is left alone."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ def assert_cancellable(get, peer: Peer) -> None:
     assert peer.closed.wait(5)
 
 
-# --- whose token
-# ------------------------------------------------------------------------------------------------------
+# --- whose token --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["the session's", "the current"])
@@ -106,7 +105,7 @@ def test_errors_of_a_healthy_request_are_those_of_plain_requests(host):
     """Unknown names, bad names and refusals come out as the classes that users catch."""
 
     def fails(session: requests.Session) -> type[BaseException]:
-        with pytest.raises(Exception, match=".") as caught:
+        with pytest.raises(Exception, match=r".") as caught:
             session.get(f"http://{host}/")
         return type(caught.value)
 
@@ -178,12 +177,11 @@ def test_drip_that_never_times_out_ends_at_the_deadline():
         assert peer.closed.wait(5)
 
 
-# --- sections that must not be cut
-# ------------------------------------------------------------------------------------
+# --- sections that must not be cut --------------------------------------------------------------------------
 
 
 def test_cleanup_may_send_requests_although_its_owner_is_cancelled():
-    """In an uninterruptible section the session's and the outer token are left aside; its own limit is not."""
+    """An uninterruptible section leaves the session's and the outer token aside, not its own limit."""
     own = CancellationToken()
     with Peer(play.by_path({"/hang": play.hangs_before_headers}, play.answers(b"undone"))) as peer:
         with Session(token=own) as session, use_token(own):
@@ -196,7 +194,7 @@ def test_cleanup_may_send_requests_although_its_owner_is_cancelled():
 
 
 def test_cancel_waits_for_a_read_that_must_not_be_cut():
-    """A response of the cancelled owner can be read to its end in an uninterruptible section, and not after it."""
+    """In an uninterruptible section a response of the cancelled owner can be read to its end."""
     go_on, token = threading.Event(), CancellationToken()
 
     def in_two_parts(exchange) -> None:
@@ -222,8 +220,7 @@ def test_cancel_waits_for_a_read_that_must_not_be_cut():
         assert attempt.value() == b"firstafter"
 
 
-# --- doors
-# ------------------------------------------------------------------------------------------------------------
+# --- doors --------------------------------------------------------------------------------------------------
 
 
 def test_mount_makes_an_existing_session_cancellable():
@@ -330,8 +327,7 @@ def test_pool_classes_of_others_are_derived_from():
         assert_cancellable(lambda url: session.get(url + "hang"), peer)
 
 
-# --- processes
-# --------------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------------------
 
 STREAM = """
 import sys, requests
@@ -339,8 +335,8 @@ from tokenscope.integrations.requests import Session
 session = Session()
 session.trust_env = False
 response = session.get(sys.argv[1], stream=True)
-print("reading", flush=True)
 try:
+    print("reading", flush=True)
     for line in response.iter_lines():
         pass
 except KeyboardInterrupt:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
-import requests
 from peers import Attempt, Peer
 from peers import scripts as play
 
 from tokenscope import CancellationToken, Cancelled, use_token
 from tokenscope.integrations.requests import Session
+
+if TYPE_CHECKING:
+    import requests
 
 CANCELS = 2_000  # requests that are cancelled, spread over ...
 WORKERS = 8
@@ -36,7 +39,7 @@ ENDLESS = set(PATHS) - {"/ok"}
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("transport", ["tcp", "tls"])
 def test_random_cancels_harm_no_innocent_and_leak_nothing(certificates, transport):
-    """No third outcome, no wrong answer, no harm to others; the descriptors are back where they were (leak fixture)."""
+    """No third outcome, no wrong answer, no harm to others; the leak fixture finds nothing left."""
     tls = certificates if transport == "tls" else None
     with Peer(play.by_path(PATHS, play.answers(BODY)), tls=tls) as peer, Session() as session:
         session.trust_env = False
@@ -84,8 +87,7 @@ def one_cancel(dice: random.Random, session: requests.Session, peer: Peer, lates
         with use_token(token):
             body = session.get(peer.url(path)).content
     except Cancelled as error:
-        assert error.reason is token.reason
-        return "cancelled"
+        return "cancelled" if error.reason is token.reason else "cancelled for another reason"
     finally:
         timer.cancel()
         timer.join()

@@ -6,9 +6,7 @@ import pytest
 from peers import Attempt
 from phases import PHASES, Bench
 
-from tokenscope import fail_after, use_token
-from tokenscope import Cancelled, DeadlineExceeded
-from tokenscope import CancellationToken
+from tokenscope import CancellationToken, Cancelled, DeadlineExceeded, fail_after, use_token
 
 MATRIX = [
     pytest.param(name, transport, timeout, id=f"{name}-{transport}-{timeout}")
@@ -58,7 +56,7 @@ def test_cancel_in_this_phase_raises_closes_and_never_resends(make_bench, name, 
 
 @pytest.mark.parametrize(("name", "transport"), DEADLINE_MATRIX)
 def test_deadline_of_the_token_ends_this_phase(make_bench, name, transport):
-    """In each phase the token's remaining time is all there is, and the boundary turns it into DeadlineExceeded."""
+    """In each phase the token's time is all there is; the boundary makes it DeadlineExceeded."""
     bench = make_bench(transport, None)
     with PHASES[name][0](bench) as stage:
         kinds: list[str] = []

@@ -6,7 +6,6 @@ import pickle
 import queue
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from urllib3.util import Retry
 from tokenscope import CancellationToken, Cancelled, TokenScopeError, use_token
 from tokenscope.integrations import _urllib3_hooks as hooks
 from tokenscope.integrations._missing import needs
+from tokenscope.integrations._urllib3_connection import GuardedHTTPConnection
 from tokenscope.integrations._urllib3_queue import SlotQueue
 from tokenscope.integrations._urllib3_retry import cancellable
 from tokenscope.integrations.urllib3 import (
@@ -31,8 +31,7 @@ from tokenscope.integrations.urllib3 import (
 REPOSITORY = Path(__file__).parents[2]
 
 
-# --- managers
-# ---------------------------------------------------------------------------------------------------------
+# --- managers -----------------------------------------------------------------------------------------------
 
 
 def test_pool_manager_is_a_drop_in():
@@ -89,12 +88,11 @@ def test_guarding_a_manager_twice_changes_nothing():
         assert not is_guarded(other)
 
 
-# --- the queue of slots
-# -----------------------------------------------------------------------------------------------
+# --- the queue of slots -------------------------------------------------------------------------------------
 
 
 def test_slot_queue_hands_every_item_to_somebody():
-    """Many threads take and give back, some are cancelled while they wait: no slot is lost, nobody waits beside a free one."""
+    """Many threads take and give back, some are cancelled while they wait: no slot is lost."""
     slots = SlotQueue(3)
     for number in range(3):
         slots.put(number)
@@ -129,9 +127,9 @@ def test_slot_queue_passes_a_wake_up_on():
         first, second = CancellationToken(), CancellationToken()
         attempts = []
         for waiting, token in enumerate((first, second), start=1):
-            attempts.append(Attempt(lambda: slots.get(timeout=10), token))
-            wait_until(lambda n=waiting: slots.waiting == n)
-        putter = Attempt(lambda: slots.put("slot"))
+            attempts.append(Attempt(lambda slots=slots: slots.get(timeout=10), token))
+            wait_until(lambda slots=slots, n=waiting: slots.waiting == n)
+        putter = Attempt(lambda slots=slots: slots.put("slot"))
         first.cancel("race")
         putter.value()
         try:
@@ -156,8 +154,7 @@ def test_slot_queue_does_not_wait_unless_asked():
     assert token.reason.kind == "deadline"
 
 
-# --- retries
-# ----------------------------------------------------------------------------------------------------------
+# --- retries ------------------------------------------------------------------------------------------------
 
 
 class CountingRetry(Retry):
@@ -214,8 +211,7 @@ def test_short_retries_succeed():
         assert peer.requests == 2
 
 
-# --- what is refused
-# --------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
 
 def test_http2_mode_is_refused(monkeypatch):
@@ -250,11 +246,11 @@ def test_missing_library_says_what_to_install():
         pytest.raises(ImportError, match=r"tokenscope-threads\[flask\]"),
         needs("no_such_library", extra="flask"),
     ):
+        import no_such_library
+    with pytest.raises(ImportError, match=r"pip install 'no_such_library'"), needs("no_such_library"):
+        import no_such_library.inner
+    with pytest.raises(ModuleNotFoundError, match=r"^No module"), needs("flask"):
         import no_such_library  # noqa: F401
-    with pytest.raises(ImportError, match="pip install 'no_such_library'"), needs("no_such_library"):
-        import no_such_library.inner  # noqa: F401
-    with pytest.raises(ModuleNotFoundError, match="^No module"), needs("flask"):
-        import no_such_library  # noqa: F401, F811
 
 
 def test_importing_the_package_of_integrations_imports_no_library():
@@ -265,8 +261,6 @@ def test_importing_the_package_of_integrations_imports_no_library():
 
 def test_connection_used_without_a_pool_works_for_the_current_token():
     """http.client style: nobody binds it, so it looks for itself when it connects."""
-    from tokenscope.integrations._urllib3_connection import GuardedHTTPConnection
-
     with Peer(play.hangs_before_headers) as peer:
         conn = GuardedHTTPConnection("127.0.0.1", peer.port)
         token = CancellationToken()
@@ -280,4 +274,28 @@ def test_connection_used_without_a_pool_works_for_the_current_token():
         token.cancel("stop")
         assert isinstance(attempt.failure(), Cancelled)
         assert peer.closed.wait(5)
-        assert threading.active_count() >= 1
+
+
+def test_connection_used_without_a_pool_closes_itself_when_an_upload_is_cut():
+    """Some callers (requests 2.28) clean up after an `Exception` only."""
+    with Peer(play.reads_body_late) as peer:
+        conn = GuardedHTTPConnection("127.0.0.1", peer.port)
+        token = CancellationToken()
+        attempt = Attempt(lambda: conn.request("POST", "/", body=b"u" * 64_000_000), token)
+        assert peer.reached.wait(5)
+        token.cancel("stop")
+        assert isinstance(attempt.failure(), Cancelled)
+        assert peer.closed.wait(5)
+
+
+def test_half_an_answer_to_connect_is_no_connection():
+    """http.client takes an end in the headers for their end; the token does not."""
+    with Peer(play.hangs_in_connect_answer) as proxy:
+        conn = GuardedHTTPConnection("127.0.0.1", proxy.port)
+        conn.set_tunnel("127.0.0.1", 1)
+        token = CancellationToken()
+        attempt = Attempt(conn.connect, token)
+        assert proxy.reached.wait(5)
+        token.cancel("stop")
+        assert isinstance(attempt.failure(), Cancelled)
+        assert proxy.closed.wait(5)

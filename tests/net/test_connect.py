@@ -146,7 +146,7 @@ def test_abandoned_look_ups_are_capped(silent_resolver):
 
 
 def test_digits_and_tokens_that_cannot_be_cancelled_need_no_thread(monkeypatch):
-    """Addresses in digits are answered by the library itself, and outside of all scopes nobody waits for a cancel."""
+    """Digits are answered by the C library itself; outside of all scopes nobody waits for a cancel."""
     threads: list[str] = []
     known = socket.getaddrinfo
 

@@ -33,8 +33,7 @@ BODIES: dict[str, tuple[bytes, bytes]] = {
 }
 
 
-# --- scripts that answer
-# ---------------------------------------------------------------------------------------------
+# --- scripts that answer ------------------------------------------------------------------------------------
 
 
 def answers(
@@ -65,8 +64,7 @@ def by_path(scripts: Mapping[str, Script], otherwise: Script) -> Script:
     return script
 
 
-# --- scripts that hang
-# -----------------------------------------------------------------------------------------------
+# --- scripts that hang --------------------------------------------------------------------------------------
 
 
 def hangs_before_headers(exchange: Exchange) -> None:
@@ -137,8 +135,7 @@ def never_answers(exchange: Exchange) -> None:
     exchange.hang()
 
 
-# --- proxies
-# ---------------------------------------------------------------------------------------------------------
+# --- proxies ------------------------------------------------------------------------------------------------
 
 
 def hangs_after_connect(exchange: Exchange) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
-import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    import ssl
+
     from peers.certs import Authority
 
 # What the kernel tells about a peer that is gone without our reading a byte: FIN, both directions closed,
@@ -21,7 +23,7 @@ _JOIN = 5.0
 Script = Callable[["Exchange"], None]
 
 
-class Gone(Exception):  # noqa: N818 - it ends a script, quietly
+class Gone(Exception):
     """The client has closed the connection, or the peer is being stopped."""
 
 
@@ -37,7 +39,7 @@ class Request:
 
 @dataclass
 class Peer:
-    """A server that plays ``script`` on every connection, again and again until the client goes. A context manager.
+    """A server that plays ``script`` on every connection until the client goes. A context manager.
 
     Args:
         script: What to do with a request: read it, answer it or hang.
@@ -70,8 +72,7 @@ class Peer:
         self._threads: list[threading.Thread] = []
         self.stopping = threading.Event()
 
-    # --- for tests
-    # ----------------------------------------------------------------------------------------------
+    # --- for tests ------------------------------------------------------------------------------------------
 
     def url(self, path: str = "/", host: str = "127.0.0.1") -> str:
         """Return the URL of a path on this server."""
@@ -104,8 +105,7 @@ class Peer:
         self.listener.close()
         self.bell.close()
 
-    # --- inside
-    # -------------------------------------------------------------------------------------------------
+    # --- inside ---------------------------------------------------------------------------------------------
 
     def _spawn(self, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=f"peer-{self.port}", daemon=True)
@@ -169,7 +169,7 @@ class Exchange:
         self._buffer = b""
 
     def read_request(self, *, body: bool = True) -> Request:
-        """Read the next request and count it; its body too (by Content-Length or chunks), unless told otherwise.
+        """Read the next request and count it; its body too (by length or chunks), unless told otherwise.
 
         Raises:
             Gone: The client closed the connection instead.
@@ -272,7 +272,5 @@ def wait_for(sock: socket.socket, events: int, bell: socket.socket, seconds: flo
 
 
 def _quietly(call: Callable[..., object], *args: object) -> None:
-    try:
+    with contextlib.suppress(OSError):  # it is closed already
         call(*args)
-    except OSError:
-        pass  # it is closed already

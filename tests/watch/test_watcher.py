@@ -265,21 +265,45 @@ def test_a_number_that_went_to_a_stranger_is_not_watched() -> None:
             os.close(number)
 
 
-def test_no_thread_to_spare_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the watcher's thread cannot start, no descriptor stays open and the next watch tries again."""
+def test_without_a_thread_to_spare_it_says_so_and_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the watcher's thread cannot start, the copy of the socket is closed; the next watch starts it."""
     fresh = _watcher.Watcher()
     monkeypatch.setattr(_watcher, "watcher", fresh)
 
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    with tcp_pair() as (server, _):
-        before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with tcp_pair() as (server, client):
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_watcher._primitives, "start_thread", refuse)
             with pytest.raises(CannotWatch, match="new thread"):
                 watch(connection(server), lambda: None)
-        assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) == before + 1  # noqa: PTH208 - its epoll
+        lost = lose_its_epoll(fresh, server, client)
+        assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+    assert lost
+
+
+def test_an_epoll_that_was_closed_under_it_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that closes all its descriptors loses the watcher; that is told, and the next watch works."""
+    fresh = _watcher.Watcher()
+    monkeypatch.setattr(_watcher, "watcher", fresh)
+    for _ in range(2):
+        with tcp_pair() as (server, client):
+            assert lose_its_epoll(fresh, server, client)
+
+
+def lose_its_epoll(watcher: _watcher.Watcher, server: socket.socket, client: socket.socket) -> bool:
+    """Watch a client leave, close the epoll in the callback, and wait until the thread has told its end."""
+    told = threading.Event()
+    unsubscribe = events.subscribe(lambda _: told.set(), events.ThreadFailed)
+    try:
+        watched = watch(connection(server), lambda: watcher._epoll.close())  # noqa: PLW0108 - not there yet
+        client.close()
+        return told.wait(PATIENCE) and watched.close()
+    finally:
+        unsubscribe()
 
 
 @pytest.mark.parametrize(

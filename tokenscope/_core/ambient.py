@@ -9,6 +9,7 @@ they like); ``reset`` raises there, and a blind ``set`` would overwrite what bel
 
 from __future__ import annotations
 
+import weakref
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,7 +21,24 @@ token_var: ContextVar[Any] = ContextVar("tokenscope_token", default=None)
 owner_var: ContextVar[Any] = ContextVar("tokenscope_owner", default=None)
 
 
-def put_back(var: ContextVar[Any], mine: object, previous: object) -> None:
-    """Set ``var`` back to ``previous`` if it still holds ``mine``."""
+#: What was left while something newer was current, and what was current before it. Two generators with a scope
+#: each, open in one context and closed oldest first, do that: the newer one must then put back what the older
+#: one would have, not the older one's ended scope.
+_left_below: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def put_back(var: ContextVar[Any], mine: object, previous: object, *, once: bool = True) -> None:
+    """Set ``var`` back to ``previous`` if it still holds ``mine``.
+
+    Args:
+        var: The variable.
+        mine: What was set on entering.
+        previous: What was there before.
+        once: ``mine`` is entered once and never again, so having left it is final.
+    """
     if var.get() is mine:
+        while previous is not None and previous in _left_below:
+            previous = _left_below[previous]
         var.set(previous)
+    elif once:
+        _left_below[mine] = previous

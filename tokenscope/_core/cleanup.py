@@ -22,19 +22,23 @@ __all__ = ["CleanupStack", "stack_of"]
 
 
 class Cleanup:
-    """One thing to do at the end. Like a registration, it is taken and called in one step."""
+    """One thing to do at the end. Like a registration, it is taken and called in one step, with no line of ours in between."""
 
-    __slots__ = ("name", "once")
+    __slots__ = ("name", "once", "wants_outcome")
 
-    def __init__(self, name: str, call: Callable[[BaseException | None], object]) -> None:
+    def __init__(self, name: str, call: Callable[..., object], *, wants_outcome: bool) -> None:
         self.name = name
-        self.once: dict[None, Callable[[BaseException | None], object]] = {None: call}
+        self.wants_outcome = wants_outcome
+        self.once: dict[None, Callable[..., object]] = {None: call}
 
     def run(self, outcome: BaseException | None) -> None:
-        self.once.pop(None, _nothing)(outcome)
+        details: tuple[object, ...] = ()
+        if self.wants_outcome:
+            details = (None,) * 3 if outcome is None else (type(outcome), outcome, outcome.__traceback__)
+        self.once.pop(None, _nothing)(*details)
 
 
-def _nothing(_outcome: BaseException | None) -> None:
+def _nothing(*_: object) -> None:
     """In place of a cleanup that ran already."""
 
 
@@ -59,7 +63,7 @@ class CleanupStack:
         if not callable(fn):
             raise TypeError(f"defer() takes a callable, not {fn!r}")
         call = functools.partial(fn, *args, **kwargs)
-        self.items.append(Cleanup(_name_of(fn), lambda _outcome: call()))
+        self.items.append(Cleanup(_name_of(fn), call, wants_outcome=False))
 
     def enter(self, manager: AbstractContextManager[Any]) -> Any:
         """Enter a context manager now, leave it with the others; it receives the owner's outcome as its exception.
@@ -72,8 +76,9 @@ class CleanupStack:
         kind = type(manager)
         if not (hasattr(kind, "__enter__") and hasattr(kind, "__exit__")):
             raise TypeError(f"enter_context() takes a context manager, not {manager!r}")
+        leave = manager.__exit__
         value = manager.__enter__()
-        self.items.append(Cleanup(_name_of(kind), functools.partial(_leave, manager)))
+        self.items.append(Cleanup(_name_of(kind), leave, wants_outcome=True))
         return value
 
     def run(self, outcome: BaseException | None, timeout: float | None) -> list[BaseException]:
@@ -133,13 +138,6 @@ def _as_failure(error: BaseException, token: CancellationToken, name: str) -> Ba
         failure = DeadlineExceeded(f"cleanup {name} was cut short: the time for cleanups was up", error.reason)
     failure.__cause__ = error
     return failure
-
-
-def _leave(manager: AbstractContextManager[Any], outcome: BaseException | None) -> None:
-    if outcome is None:
-        manager.__exit__(None, None, None)
-    else:
-        manager.__exit__(type(outcome), outcome, outcome.__traceback__)
 
 
 def _name_of(fn: object) -> str:

@@ -26,7 +26,7 @@ def validate_timeout(value: object, name: str = "timeout") -> float | None:
     try:
         seconds = float(value)
     except OverflowError:  # an integer beyond all floats
-        seconds = math.inf if value > 0 else -math.inf
+        seconds = math.inf if value == abs(value) else -math.inf
     if math.isnan(seconds) or seconds < 0:
         raise ValueError(f"{name} must be 0 or more seconds, not {value!r}")
     return None if math.isinf(seconds) else seconds

@@ -52,6 +52,8 @@ class Crew(_primitives.Room):
         "counts",
         "dying",
         "failures",
+        "gave_up",
+        "given_up",
         "joiners",
         "last_end",
         "late_events",
@@ -88,7 +90,9 @@ class Crew(_primitives.Room):
         self.ready: deque[Task[Any]] = deque()
         self.sent: set[Task[Any]] = set()
         self.dying: list[Task[Any]] = []
-        self.orphans: set[Task[Any]] = set()
+        self.orphans: set[Task[Any]] = set()  # given up, and still running
+        self.given_up: list[str] = []  # the names of all that were
+        self.gave_up = 0.0  # monotonic
         self.joiners: list[_primitives.Waiter] = []
         self.failures: list[Failure] = []
         self.counts: Counter[str] = Counter()
@@ -129,8 +133,7 @@ class Crew(_primitives.Room):
     def _admit_locked(self, task: Task[Any]) -> None:
         if self.closed:
             raise ScopeClosed(f"scope {self.name!r} has ended and takes no more work", self.token.reason)
-        self.ready.append(task)  # first this: `idle` looks at both, and sends what an interrupt left here
-        self.live.add(task)
+        self.live.add(task); self.ready.append(task)  # on one line: `idle` sends what an interrupt left here
 
     def _send(self, task: Task[Any]) -> None:
         """Ask a worker to run it; there is no limit. No lock is held, for a thread may have to be started."""
@@ -144,17 +147,23 @@ class Crew(_primitives.Room):
     def _dispatch_locked(self, newest: Task[Any] | None = None) -> None:
         """Send queued tasks to workers while there is room."""
         limit = self.max_threads or len(self.live)
-        while self.ready and len(self.sent) < limit:
+        while self.ready:
             task = self.ready[0]
+            # Cut off by an interrupt below, this comes back to a task that was sent, and may even have ended.
+            if task not in self.sent and len(self.sent) >= limit:
+                return
             try:
-                workers.submit(task.work)
+                self.sent.add(task)
+                workers.submit(task.work, patient=task is not newest)
             except RuntimeError as error:
-                if newest is not None and task is newest:
+                self.sent.discard(task)
+                if task is newest:
                     self._forget_locked(task)
                     raise
                 events.emit(events.ThreadFailed(self.name, error))  # tried again when the next one ends
                 return
-            self.sent.add(task)
+            if task not in self.live:
+                self.sent.discard(task)
             self.ready.popleft()
 
     def _forget_locked(self, task: Task[Any]) -> None:
@@ -165,26 +174,38 @@ class Crew(_primitives.Room):
     # --- letting it go ------------------------------------------------------------------------------------------
 
     def ended(self, task: Task[Any]) -> None:
-        """A task has ended; called by the task. Publish, tell the owner of a failure, let it go: in this order."""
+        """A task has ended; called by the task. Publish, tell the owner of a failure, let it go: in this order.
+
+        Whatever users' code raises meanwhile (a done-callback, a cancel callback that calls ``sys.exit``), all is done before it goes on.
+        """
+        interrupt: BaseException | None = None
         if task._made is not None:
-            task.publish()
+            interrupt = _kept(task.publish)
         if self.pid != getpid() or self.lock._is_owned():
             self.run(self._record_locked, task)
         else:
             with self.lock: self._record_locked(task)
         if not task.done():
-            task.publish()
+            interrupt = _kept(task.publish) or interrupt
         if task._watchers:
             task.wake_watchers()
         if task._queued is not None:
             task._queued.close(wait=False)
         word, value = task._end or (NEVER_STARTED, None)
-        if word == FAILED and task not in self.orphans:
-            self.on_failure(task, cast("BaseException", value))
+        if word == FAILED:
+            interrupt = _kept(self._tell_failure, task, cast("BaseException", value)) or interrupt
         if task in self.live or task in self.orphans:
             self.run(self._release_locked, task)
         if events.wants(events.TaskEnded):
             events.emit(events.TaskEnded(self.name, task.name, word))
+        if interrupt is not None:
+            raise interrupt
+
+    def _tell_failure(self, task: Task[Any], error: BaseException) -> None:
+        if task in self.orphans:  # its scope has told its outcome
+            events.emit(events.TaskFailed(self.name, task.name, error))
+        else:
+            self.on_failure(task, error)
 
     def _record_locked(self, task: Task[Any]) -> None:
         """Count it; and where nobody needs to be told anything outside of the lock, publish it and let it go in one step."""
@@ -197,7 +218,7 @@ class Crew(_primitives.Room):
         word, value = task._end
         self.counts[word] += 1
         if word == FAILED:
-            self.failures.append(Failure(f"task {task.name}", value, late=self.token._cut is not None))
+            self.failures.append(Failure(f"task {task.name}", value, late=self._began_late(task)))
         elif self.token._cut is not None and word == SUCCEEDED:
             self.late_events["results"] += 1
         cut = task.token._cut
@@ -206,10 +227,16 @@ class Crew(_primitives.Room):
         if quick and word != FAILED and not task._watchers and self.max_threads is None:
             self._release_locked(task)
 
+    def _began_late(self, task: Task[Any]) -> bool:
+        """Whether the failure of a task began after the cancel; its cleanups may have taken it beyond that."""
+        cut = self.token._cut
+        return cut is not None and (task._stopped is None or task._stopped >= cut.when)
+
     def _release_locked(self, task: Task[Any]) -> Callable[[], object] | None:
         if task in self.orphans:
             self.orphans.discard(task)
-            return lambda: events.emit(events.OrphanEnded(self.name, task.name, clock.now() - self.last_end))
+            late = clock.now() - self.gave_up
+            return lambda: events.emit(events.OrphanEnded(self.name, task.name, late))
         self.last_end = clock.now()
         self.live.discard(task)
         if self.max_threads is not None:
@@ -280,6 +307,8 @@ class Crew(_primitives.Room):
         return list(self.orphans)
 
     def _abandon_locked(self) -> None:
+        self.gave_up = clock.now()
+        self.given_up += [task.name for task in self.live]
         self.orphans |= self.live
         self.live.clear()
         self.ready.clear()
@@ -309,7 +338,7 @@ class Crew(_primitives.Room):
         counts = self.counts
         ended = sum(counts.values())
         return TaskCounts(
-            spawned=ended + len(self.live) + len(self.orphans),
+            spawned=ended + len(self.live) + len(self.given_up),
             finished=counts[SUCCEEDED],
             failed=counts[FAILED],
             cancelled=counts["cancelled"],
@@ -324,3 +353,12 @@ class Crew(_primitives.Room):
         self.orphans.clear()
         self.dying.clear()
         self.joiners.clear()
+
+
+def _kept(step: Callable[..., object], *args: Any) -> BaseException | None:
+    """Do a step that runs users' code; what it raised, to be raised when everything else is done."""
+    try:
+        step(*args)
+    except BaseException as error:
+        return error
+    return None

@@ -206,7 +206,7 @@ class use_token:  # noqa: N801  # reads as a statement: `with use_token(token):`
         return mine
 
     def __exit__(self, *_: object) -> None:
-        ambient.put_back(ambient.token_var, *self._entries.pop())
+        ambient.put_back(ambient.token_var, *self._entries.pop(), once=False)
 
 
 def bind(fn: Callable[P, T], token: CancellationToken | None = None) -> Callable[P, T | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from tokenscope._core import _primitives, workers
 from tokenscope._core.current import current_token
+from tokenscope._core.errors import TaskCancelled
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.token import attach, detach
 
@@ -41,26 +42,32 @@ class ScopeMap(Generic[T]):
         self._exhausted = False
         self._closed = False
         self._source_closed = False
+        self._cut_off = False  # one-way: the scope was left before the end of the map
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> T:
-        """The next result; a checkpoint.
+        """The next result; a checkpoint. After an item that failed it goes on with the others.
 
         Raises:
             Cancelled: The caller is cancelled.
+            TaskCancelled: This item was cancelled alone; or the scope was left before the map was finished.
             BaseException: What the function raised for this item, or the source while it was pulled.
         """
         current_token().check()
+        if self._cut_off:
+            raise TaskCancelled("the scope was left before its map was finished")
         self._fill()
         if not self._tasks:
             self.close()
             raise StopIteration
         task = self._tasks[0] if self._ordered else self._first_done()
-        value = task.result()
-        self._tasks.remove(task)
-        return value
+        try:
+            return task.result()
+        finally:
+            if task.done():  # also one that failed: the others can still be had
+                _primitives.discard(self._tasks, task)
 
     def _fill(self) -> None:
         while not self._exhausted and not self._closed and len(self._tasks) < self._limit:
@@ -89,8 +96,13 @@ class ScopeMap(Generic[T]):
     def cancel(self) -> None:
         """Cancel what is in flight; pull no more."""
         self._closed = True
-        for task in self._tasks:
+        for task in self._tasks.copy():  # another thread may be taking from it
             task.cancel("the map was left before its end", kind=CancelKind.SCOPE_ENDED)
+
+    def cut_off(self) -> None:
+        """Its scope is being left: cancel it, and have a consumer that still asks told so, not a false end."""
+        self._cut_off = self._cut_off or not self._closed and not (self._exhausted and not self._tasks)
+        self.cancel()
 
     def close(self) -> None:
         """Cancel what is in flight, wait until it has ended, close the source. Idempotent."""
@@ -101,8 +113,8 @@ class ScopeMap(Generic[T]):
         self.close_source()
 
     def close_source(self) -> None:
-        """Close the source if it can be."""
-        if self._source_closed:
+        """Close the source if it can be, and if no abandoned child is stuck in it."""
+        if self._source_closed or getattr(self._source, "gi_running", False):
             return
         self._source_closed = self._exhausted = True
         close = getattr(self._source, "close", None)

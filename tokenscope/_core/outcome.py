@@ -66,7 +66,6 @@ class Verdict:
 
 def decide(ending: Ending) -> Verdict:
     """Apply the rules. Adds notes to the error that it picks. May be applied again when more has happened."""
-    ending.body = _without_cancels(ending.body, ending.cut)
     verdict = foresee(ending)
     if verdict.error is not None:
         _note_the_rest(verdict.error, ending)
@@ -75,6 +74,7 @@ def decide(ending: Ending) -> Verdict:
 
 def foresee(ending: Ending) -> Verdict:
     """The verdict as things stand, without notes: what cleanups are told."""
+    ending.body = _without_cancels(ending.body, ending.cut)
     interrupt = ending.interrupt or (ending.body if isinstance(ending.body, INTERRUPTS) else None)
     if interrupt is not None:
         return Verdict("interrupted", interrupt)

@@ -72,12 +72,14 @@ def _picklable(cause: BaseException | None) -> BaseException | None:
 
 def without_frames(error: BaseException | None) -> BaseException | None:
     """A twin of ``error`` that keeps no stack alive: no traceback, no context, no cause."""
-    if error is None:
-        return None
+    return None if error is None else _without_frames(error)
+
+
+def _without_frames(error: BaseException) -> BaseException:
     kind = type(error)
     try:
         if isinstance(error, BaseExceptionGroup):
-            return error.derive([without_frames(inner) for inner in error.exceptions])
+            return error.derive([_without_frames(inner) for inner in error.exceptions])
         twin = kind.__new__(kind, *error.args)
         twin.args = error.args
         twin.__dict__.update(error.__dict__)

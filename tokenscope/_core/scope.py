@@ -184,7 +184,7 @@ class ThreadScope:
         Raises:
             Cancelled: The caller is cancelled.
             ScopeClosed: The scope has ended, or is cancelled and the caller is not of its tree.
-            TypeError: ``fn`` is not callable.
+            TypeError: ``fn`` is not callable, or ``name`` or ``kind`` is no str.
             RuntimeError: The scope was not entered, or no thread could be started; then nothing is left behind.
         """
         crew = self._children()
@@ -216,7 +216,9 @@ class ThreadScope:
         if limit is None:
             limit = min(32, (os.cpu_count() or 1) + 4)
         _check_positive("limit", limit)
-        self._children()
+        if not callable(fn):
+            raise TypeError(f"map() takes a callable, not {fn!r}")
+        self._refuse_if_ended("map() in")
         mapping = ScopeMap(functools.partial(self.spawn, fn, kind="map"), iter(items), limit=limit, ordered=ordered)
         self._maps = [link for link in self._maps if link() is not None]
         self._maps.append(weakref.ref(mapping))
@@ -227,11 +229,15 @@ class ThreadScope:
 
         Raises:
             Cancelled: The caller is, or was meanwhile, cancelled.
+            RuntimeError: The caller is one of the children.
             ValueError, TypeError: A bad ``timeout``.
         """
         seconds = clock.validate_timeout(timeout)
         end = clock.deadline_after(seconds)
         crew = self._children()
+        owner = ambient.owner_var.get()
+        if isinstance(owner, Task) and owner._crew is crew:
+            raise RuntimeError(f"join() of scope {self.name!r} by its own child would wait for itself")
         caller = current_token()
         while True:
             caller.check()
@@ -266,6 +272,7 @@ class ThreadScope:
         return value
 
     def _refuse_if_ended(self, what: str) -> None:
+        self._children()
         if self._report is not None:
             raise ScopeClosed(f"{what} scope {self.name!r}, which has ended")
 
@@ -288,30 +295,31 @@ class ThreadScope:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._begin_leaving(error)
         verdict: Verdict | None = None
+        interrupt: BaseException | None = None
         while verdict is None:
             try:
-                verdict = self._leave()
-            except INTERRUPTS as interrupt:
-                self._interrupted(interrupt)
+                verdict = self._leave(error, interrupt)
+            except INTERRUPTS as caught:
+                interrupt = caught
         if verdict.error is None or verdict.error is error:
             return verdict.absorbed
         raise verdict.error
 
-    def _begin_leaving(self, error: BaseException | None) -> None:
+    def _begin_leaving(self, error: BaseException | None, *, again: bool) -> tuple[Ending, Crew]:
         if self._crew is None:
             raise RuntimeError(f"scope {self.name!r} was left without having been entered")
-        if self._report is not None:
+        if self._report is not None and not again:
             raise RuntimeError(f"scope {self.name!r} was left before; a scope is used once")
         if self._ending is None:
             self._ending = Ending(self.name, body=error)
+        return self._ending, self._crew
 
-    def _leave(self) -> Verdict:
-        """All steps; each does what is left of it."""
-        ending, crew = self._ending, self._crew
-        assert ending is not None
-        assert crew is not None
+    def _leave(self, error: BaseException | None, interrupt: BaseException | None) -> Verdict:
+        """All steps; each does what is left of it. ``interrupt`` is what cut the last attempt off."""
+        ending, crew = self._begin_leaving(error, again=interrupt is not None)
+        if interrupt is not None:
+            self._interrupted(interrupt, ending, crew)
         self._stop_children(ending.body)
         self._join_children(crew, ending)
         self._fix(ending, crew)
@@ -322,7 +330,7 @@ class ThreadScope:
 
     def _stop_children(self, error: BaseException | None) -> None:
         for mapping in self._open_maps():
-            mapping.cancel()
+            mapping.cut_off()
         if error is None or is_cut_of(error, self.token._cut):
             return
         if isinstance(error, KeyboardInterrupt):
@@ -339,7 +347,7 @@ class ThreadScope:
             if self._look_is_due() and not crew.idle():
                 self._look_at_stragglers(crew, ending)
         for mapping in self._open_maps():
-            mapping.close_source()
+            self._cleanups.push(mapping.close_source, (), {})  # idempotent; it runs users' code, and may fail as any cleanup
 
     def _open_maps(self) -> list[ScopeMap[Any]]:
         return [mapping for link in self._maps if (mapping := link()) is not None]
@@ -354,7 +362,8 @@ class ThreadScope:
         return look is not None and clock.now() >= look
 
     def _look_at_stragglers(self, crew: Crew, ending: Ending) -> None:
-        self._looks += 1
+        while self._look_is_due():  # the cancel may be long ago: once for all the time that has passed
+            self._looks += 1
         cut = self.token._cut
         waited = clock.now() - cut.when if cut is not None else 0.0
         for task in crew.lingering():
@@ -365,17 +374,14 @@ class ThreadScope:
 
     def _abandon(self, crew: Crew, ending: Ending) -> None:
         stacks = {task.name: task.stack() for task in crew.abandon()}
-        if not stacks:
+        if not stacks or any(isinstance(failure.error, StragglersLeft) for failure in ending.failures):
             return
         left = StragglersLeft(f"scope {self.name!r} gave up waiting for {len(stacks)} of its children", stacks)
         ending.failures.append(Failure("stragglers", left))
         events.emit(events.Orphaned(self.name, stacks))
 
-    def _interrupted(self, interrupt: BaseException) -> None:
+    def _interrupted(self, interrupt: BaseException, ending: Ending, crew: Crew) -> None:
         """Ctrl-C while leaving: the first one cancels and leaving goes on, a second one gives the children up."""
-        ending, crew = self._ending, self._crew
-        if ending is None or crew is None:
-            raise interrupt
         if ending.interrupt is None and not isinstance(ending.body, KeyboardInterrupt):
             ending.interrupt = interrupt
             self.token.cancel("interrupted by the user", kind=CancelKind.INTERRUPTED)
@@ -432,7 +438,7 @@ class ThreadScope:
             tasks=crew.task_counts(),
             errors=tuple({id(error): error for error in errors}.values()),
             stragglers=dict(self._stragglers),
-            orphans=tuple(task.name for task in crew.orphans),
+            orphans=tuple(crew.given_up),
             late_events=dict(crew.late_events),
             duration=clock.now() - self._opened,
             stop_duration=None if cut is None else max(0.0, crew.last_end - cut.when),

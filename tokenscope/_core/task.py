@@ -27,7 +27,7 @@ from tokenscope._core import _primitives, ambient, clock, workers
 from tokenscope._core._typing import override
 from tokenscope._core.cleanup import CleanupStack, stack_of
 from tokenscope._core.current import current_token
-from tokenscope._core.errors import Cancelled, TaskCancelled
+from tokenscope._core.errors import Cancelled, ScopeClosed, TaskCancelled
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.token import attach, detach, expire_if_due, is_cut_of, mark_cut_short
 
@@ -76,7 +76,6 @@ class Task(concurrent.futures.Future[T], Generic[T]):
     _end: tuple[str, Any] | None = None  # how it ended; written once, before it is published
     _queued: Registration | None = None  # ends it at the moment of a cancel while it waits under `max_threads`
     _counted = False  # by the crew, under its lock
-    _told = False  # whoever waited for a cancelled task has been told
 
     def __init__(
         self,
@@ -89,6 +88,8 @@ class Task(concurrent.futures.Future[T], Generic[T]):
     ) -> None:
         if name is None:
             name = f"{getattr(fn, '__qualname__', 'task')}-{next(_numbers)}"
+        if kind is not None and not isinstance(kind, str):
+            raise TypeError(f"kind must be a str or None, not {kind!r}")
         self.name = name
         self.kind = kind
         self.token = crew.token.child(name=name)
@@ -191,6 +192,8 @@ class Task(concurrent.futures.Future[T], Generic[T]):
 
     def _block(self, seconds: float | None) -> None:
         """Wait for the end of the task, the caller's cancel, or the time; register first, then look."""
+        if self._ident == _primitives.get_ident():
+            raise RuntimeError(f"task {self.name!r} would wait for itself")
         caller = current_token()
         waiter = _primitives.Waiter()
         self._watchers.append(waiter)
@@ -208,7 +211,10 @@ class Task(concurrent.futures.Future[T], Generic[T]):
 
         Raises:
             TypeError: ``fn`` is not callable.
+            ScopeClosed: The task has not begun or has ended: nobody would run it.
         """
+        if self._started is None or self._end is not None:
+            raise ScopeClosed(f"defer() into task {self.name!r}, which is {self.state}")
         if self._cleanups is None:
             self._cleanups = CleanupStack(self.name)
         self._cleanups.push(fn, args, kwargs)
@@ -301,10 +307,15 @@ class Task(concurrent.futures.Future[T], Generic[T]):
 
     def publish(self) -> None:
         """Publish the outcome to whoever waits. No lock is held; a user's done-callbacks run here."""
-        if not self.done() and self._end is not None:
-            self._publish_once(*self._end)
-        if self._state == _CANCELLED and not self._told:
-            self._told = True
+        try:
+            if not self.done() and self._end is not None:
+                self._publish_once(*self._end)
+        finally:  # also if a done-callback calls sys.exit()
+            with self._condition: self._tell_locked()
+
+    def _tell_locked(self) -> None:
+        """Tell `concurrent.futures.wait` of a cancelled task, once: two threads may be ending it."""
+        if self._state == _CANCELLED:
             super().set_running_or_notify_cancel()
 
     def _publish_once(self, word: str, value: Any) -> None:

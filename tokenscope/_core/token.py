@@ -53,9 +53,6 @@ __all__ = [
     "settle_boundary",
 ]
 
-#: The longest that anybody waits for another thread's cancel to come down to a token. It takes microseconds.
-MARKING_SECONDS = 1.0
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -342,7 +339,7 @@ class CancellationToken:
         if extras is None or not extras.entered:
             raise RuntimeError(f"{self!r} was left more often than it was entered")
         _ident, mine, before = _take_entry(extras.entered)
-        ambient.put_back(ambient.token_var, mine, before)
+        ambient.put_back(ambient.token_var, mine, before, once=False)
         return settle_boundary(self, error)
 
 
@@ -449,19 +446,11 @@ def expire_if_due(token: CancellationToken) -> None:
     for owner in _ancestry(token):
         if owner._more is not None and owner._more.own_deadline == deadline:
             owner._expire()
-    if token._cut is None:
-        _await_mark(token)
-
-
-def _await_mark(token: CancellationToken) -> None:
-    """Somebody else was first to cancel an ancestor, and is on the way down to this token: a matter of microseconds.
-
-    Limited, because it may be this very thread, interrupted by a signal handler on its way.
-    """
-    waiter = _primitives.Waiter()
-    if attach(token, waiter):
-        waiter.wait(MARKING_SECONDS)
-    detach(token, waiter)
+    for ancestor in _ancestry(token):
+        if token._cut is not None:
+            return
+        if ancestor._cut is not None:
+            ancestor._cut.mark()  # somebody else was first, and is on the way down to this token: help
 
 
 def raise_if_cancelled(token: CancellationToken, cause: BaseException | None = None) -> None:

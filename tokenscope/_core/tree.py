@@ -28,8 +28,9 @@ Invariants
        tree lists in ``unfinished``.
     3. Children are linked weakly (parents strongly). A token with a registration is kept by ``tree.pinned``; a tree
        with pins is kept by the timer alarms of its tokens (``keeper``) and, if its root is linked, by the pins of the parents' trees.
-    4. The piles of a Cut are touched by the holder of its ``baton`` only. Whoever finds an unfinished Cut with a
-       free baton (its canceller was cut off by a KeyboardInterrupt) finishes it.
+    4. The ``work`` pile of a Cut is touched by the holder of the lock of the tree that its top belongs to, so that many may mark at a time;
+       ``wakes`` and ``calls`` are added to on the way, and once ``work`` is empty touched by the holder of the ``baton`` only. Whoever
+       finds an unfinished Cut with a free baton (its canceller was cut off by a KeyboardInterrupt) finishes it.
     5. Each step takes its work from a pile only after it is done, and may be done twice without harm. So an
        interrupt between any two lines loses nothing.
 
@@ -205,8 +206,10 @@ class Tree(_primitives.Room):
     def disarm_locked(self, token: CancellationToken, registration: Registration) -> None:
         """Forget a callback."""
         extras = token._more
-        if extras is not None and extras.regs.pop(registration.seq, None) is not None and not extras.regs:
-            self.unpin_locked(token)
+        if extras is not None:
+            extras.regs.pop(registration.seq, None)
+            if not extras.regs:
+                self.unpin_locked(token)
 
     def extras_locked(self, token: CancellationToken) -> Extras:
         """The token's extras, emptied if they come from a parent process."""
@@ -257,17 +260,18 @@ class Tree(_primitives.Room):
     def mark_locked(self, cut: Cut) -> None:
         """Mark what lies on top of the pile, as far as it belongs to this tree."""
         work = cut.work
-        had_pins = bool(self.pinned)
         if cut not in self.unfinished:
             self.unfinished.append(cut)  # it came from another tree; here, too, whoever comes next can finish it
-        while work and work[-1]._tree is self:
-            token = work[-1]
+        if self.links:
+            cut.touched.append(self)  # before it loses its pins: an interrupt must not lose sight of them
+        while (top := work[-1:]) and top[0]._tree is self:
+            token = top[0]
             if token._cut is None:
                 token._cut = cut
             # One assignment takes the token off and puts its children on: an interrupt falls before or after it.
-            work[-1:] = self._descend_locked(token, cut) if token._cut is cut else ()
-        if had_pins and self.links:
-            cut.unpinned.append(self)
+            work[-1:] = self._descend_locked(token, cut) if token._cut is cut and token not in cut.crossed else ()
+            if isinstance(token._up, tuple):
+                cut.crossed.add(token)  # there may be many ways to a linked token
 
     def _descend_locked(self, token: CancellationToken, cut: Cut) -> list[CancellationToken]:
         """Stage what the token has registered, mark its plain children, return those that need a visit."""
@@ -316,11 +320,12 @@ class Cut:
         "baton",
         "by_library",
         "calls",
+        "crossed",
         "finished",
         "origin",
         "origin_name",
         "reason",
-        "unpinned",
+        "touched",
         "wakes",
         "when",
         "work",
@@ -335,7 +340,8 @@ class Cut:
         self.finished = False  # one-way; set by the holder of the baton
         self.baton = _primitives.Lock()
         self.work: list[CancellationToken] = [token]
-        self.unpinned: list[Tree] = []  # marked linked trees whose pins in the trees above may have become void
+        self.crossed: set[CancellationToken] = set()  # linked tokens that were visited
+        self.touched: list[Tree] = []  # the linked trees it came to, whose pins in the trees above may be void now
         self.wakes: list[weakref.ref[Wakeup]] = []
         self.calls: list[Registration] = []
 
@@ -407,15 +413,16 @@ class Cut:
         return interrupt
 
     def mark(self) -> bool:
-        """Mark all descendants, crossing trees; False if one of them is busy on this very thread."""
-        while self.work:
-            tree = self.work[-1]._tree
+        """Mark all descendants, crossing trees; False if one of them is busy on this very thread. Anybody may help."""
+        while top := self.work[-1:]:
+            tree = top[0]._tree
             if tree.busy_here():
                 tree.inbox.append(functools.partial(self._resume_later, tree))
                 return False
             with tree.enter(): tree.mark_locked(self)
             if tree.inbox:
                 tree.settle()  # a signal handler came in between; nobody else would look into this tree
+        self.crossed.clear()
         return True
 
     def _resume_later(self, tree: Tree) -> None:
@@ -432,8 +439,8 @@ class Cut:
 
     def release_pins(self) -> None:
         """Have the trees above the linked ones let go of what has no callbacks any more."""
-        pass_pins_on(self.unpinned)
-        self.unpinned.clear()
+        pass_pins_on(self.touched)
+        self.touched.clear()
 
     def call_all(self) -> BaseException | None:
         """Run the users' callbacks, newest first, or have a worker run them. Returns an interrupt to re-raise."""
@@ -546,6 +553,8 @@ class Registration:
         try:
             with self.gate: self.once.pop(None, _nothing)()
         except (KeyboardInterrupt, SystemExit) as error:
+            if self.once:
+                raise  # it struck before the call: whoever runs the batch will try again
             return error
         except BaseException as error:  # never raised into the canceller
             events.emit(events.CallbackFailed(f"cancel callback {self.name} of {self.token.name}", error))

@@ -62,8 +62,11 @@ class Workers(_primitives.Room):
         self.threads = 0  # changes under the lock
         self._again = False  # a re-entrant call wants another look
 
-    def submit(self, fn: Callable[[], object]) -> None:
+    def submit(self, fn: Callable[[], object], *, patient: bool = False) -> None:
         """Run ``fn`` on a cached thread, soon. Thread-safe, also in signal handlers.
+
+        Args:
+            patient: Where no thread can be started, one that is busy now will do.
 
         Raises:
             RuntimeError: No thread could be started; ``fn`` will not run.
@@ -79,7 +82,7 @@ class Workers(_primitives.Room):
         try:
             self._hire()
         except RuntimeError:
-            if job:
+            if job and not (patient and self.threads):
                 job.clear()
                 raise
             # A worker took it after all.

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Receipt", "broken_promises"]
 
-#: What "prompt" means here: milliseconds, for the median. The last percent is at the mercy of a busy machine.
-PROMPT_MS = 10.0
+#: Milliseconds that the median may take. Far more than it does (the receipt prints what it did): it is judged
+#: on whatever else the machine is busy with. On a quiet one it is a few milliseconds.
+PROMPT_MS = 250.0
 ABORTS_A_DAY = 100_000
 
 
@@ -132,7 +133,8 @@ def broken_promises(receipt: Receipt) -> list[str]:
             figures.told_why == figures.aborts,
         f"safe: {figures.complete} of the {figures.stayed} clients that stayed got their whole answer":
             figures.complete == figures.stayed,
-        f"saved: {receipt.tokens_saved:,.1f} tokens per abort": receipt.tokens_saved >= 0,
+        f"saved: {figures.tokens_after} tokens billed for nobody, more than half of the usual":
+            figures.tokens_after <= receipt.without.tokens_after / 2 + figures.aborts,
         "nobody hung up, so nothing was shown": figures.aborts > 0,
     }  # fmt: skip
     return [promise for promise, held in checks.items() if not held]

@@ -10,39 +10,36 @@ watch closed, before the server can end the connection -> outcome judged (`_answ
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
-from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from typing_extensions import ParamSpec
 
-from tokenscope._core import clock, events, workers
+from tokenscope._core import ambient, clock, events, workers
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.report import ScopeReport, TaskCounts
-from tokenscope._core.scope import ThreadScope
 from tokenscope._core.token import cancel_from_library
 from tokenscope.integrations._answers import Answer, answer_for, judge
 from tokenscope.integrations._hangup import Hangup
-from tokenscope.watch import HalfClose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
 
     from tokenscope._core.reasons import CancelReason
+    from tokenscope._core.scope import ThreadScope
+    from tokenscope.integrations._settings import Settings
 
-__all__ = ["SCOPE_KEY", "Methods", "Part", "Request", "Settings", "current_request"]
+__all__ = ["SCOPE_KEY", "Part", "Request", "Swapped", "current_request"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Methods = Literal["safe", "all"]
 
 #: Where a request's scope is found in the environ.
 SCOPE_KEY = "tokenscope.scope"
-
-#: What a hang-up cancels unasked: they change nothing, so nothing is left half done.
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _REMEDY = "to stop such work, decorate the view with @cancellable, or give the middleware methods='all'"
 
@@ -59,52 +56,43 @@ def current_request() -> Request | None:
     return None if request is None or request.ended else request
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What an app says once about all of its requests; checked when it is made.
+class Runner(Protocol):
+    """Where the steps of a request run."""
 
-    Raises:
-        ValueError, TypeError: A bad value, named.
+    def run(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``step`` there."""
+
+
+class Swapped:
+    """The caller's own context, in which only what is ours is different while a step runs.
+
+    For a guard inside of a framework: what the framework has set, and takes back later, must stay in one
+    context.
     """
 
-    timeout: float | None = None
-    half_close: HalfClose = "cancel"
-    methods: Methods = "safe"
-    max_threads: int | None = None
-    grace: float = 5.0
-    on_straggler: Literal["wait", "abandon"] = "wait"
+    __slots__ = ("_inside",)
 
-    def __post_init__(self) -> None:
-        _check_timeout(self.timeout)
-        _check_word("half_close", self.half_close, get_args(HalfClose))
-        _check_word("methods", self.methods, get_args(Methods))
-        self.make_scope("a check of its arguments")
+    def __init__(self) -> None:
+        self._inside: list[Any] = [var.get() for var in _ours()]
 
-    def make_scope(self, name: str) -> ThreadScope:
-        """A scope with these settings."""
-        return ThreadScope(
-            name=name,
-            timeout=self.timeout,
-            max_threads=self.max_threads,
-            grace=self.grace,
-            on_straggler=self.on_straggler,
-        )
-
-    def arms(self, method: str) -> bool:
-        """Whether a hang-up cancels requests of this method, without the view saying so."""
-        return self.methods == "all" or method in SAFE_METHODS
+    def run(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Put ours in, call ``step``, and put back what was there."""
+        outside = [var.get() for var in _ours()]
+        _put(self._inside)
+        try:
+            return step(*args, **kwargs)
+        finally:
+            self._inside = [var.get() for var in _ours()]
+            _put(outside)
 
 
-def _check_timeout(timeout: object) -> None:
-    if clock.validate_timeout(timeout) == 0:
-        raise ValueError(
-            "timeout must be more than 0 seconds, or None for no limit: 0 would end every request at once"
-        )
+def _ours() -> tuple[ContextVar[Any], ...]:
+    return ambient.token_var, ambient.owner_var, _current
 
 
-def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
-    if value not in words:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, not {value!r}")
+def _put(values: list[Any]) -> None:
+    for var, value in zip(_ours(), values, strict=True):
+        var.set(value)
 
 
 class Request:
@@ -122,7 +110,9 @@ class Request:
         "scope",
     )
 
-    def __init__(self, environ: MutableMapping[str, Any], settings: Settings) -> None:
+    def __init__(
+        self, environ: MutableMapping[str, Any], settings: Settings, *, context: Runner | None = None
+    ) -> None:
         method = environ.get("REQUEST_METHOD", "GET")
         #: For people: names the scope, the events and the log line. A framework may put its route here.
         self.endpoint = f"{method} {environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
@@ -131,7 +121,7 @@ class Request:
         self.scope = settings.make_scope(self.endpoint)
         self.ended = False
         self._settings = settings
-        self._context = copy_context()
+        self._context: Context | Runner = copy_context() if context is None else context
         self._parts: list[Part] = []
         self._work = 0.0  # seconds of the app's own code after the cancel
         self._context.run(self._enter, environ)
@@ -222,10 +212,15 @@ class Request:
         cancel_from_library(self.scope.token, "the server closed the response before its end", kind=kind)
 
     def drop(self, *, drained: bool) -> None:
-        """The body was dropped without ``close()``. For finalizers: a worker leaves the scope."""
+        """The body was dropped without ``close()``. For finalizers: another thread leaves the scope.
+
+        Not ``threading.Thread``: its ``start()`` waits for locks that this very thread may hold, in whatever
+        the finalizer interrupted.
+        """
         self.hangup.end()
+        end = functools.partial(self._end_dropped, drained=drained)
         with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is on its way out
-            workers.submit(functools.partial(self._end_dropped, drained=drained))
+            _thread.start_new_thread(workers.submit, (end,))
 
     def _end_dropped(self, *, drained: bool) -> None:
         if not drained:
@@ -251,6 +246,8 @@ class Request:
 
     def _tell(self, status: int) -> None:
         self.hangup.complain(self.endpoint, _REMEDY)
+        if not self._parts and not self.scope.token.cancelled:
+            return
         reasons = [reason for reason in self._own_reasons() if reason.kind not in _HOUSEKEEPING]
         if reasons and events.wants(events.RequestCancelled):
             events.emit(events.RequestCancelled(self.endpoint, status, self._report(reasons[0])))

@@ -1,4 +1,4 @@
-"""Which token a request works for: looked up once, when it takes its connection, and kept until the response is done.
+"""Which token a request works for: looked up once, at checkout, and kept until the response is done.
 
 A response may be read by another thread than the one that sent the request; it stays bound to the token it
 was opened under.
@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenscope._core import token as tokens
-from tokenscope._core.current import current_token, effective_token, standing_back, use_token
+from tokenscope._core.current import current_token, standing_back, use_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,13 +39,13 @@ class Binding(NamedTuple):
 
 @contextlib.contextmanager
 def under(explicit: CancellationToken | None) -> Iterator[None]:
-    """Add a client's own token to the current one; in a section that must not be cut, leave the current one alone."""
+    """Add a client's own token to the current one, but not in a section that must not be cut."""
     if explicit is None or standing_back():
         yield
         return
     before = _named.get()
-    with use_token(effective_token(explicit)):
-        _named.set(current_token())
+    with use_token(explicit) as both:
+        _named.set(both)
         try:
             yield
         finally:

@@ -35,7 +35,7 @@ class GuardedConnection(_Base):
     _guard: Guard | None = None  # made with the socket, forgotten in close()
 
     def bind(self) -> None:
-        """Work for the current token from now on. Never raises `Cancelled`: the pool could not put its slot back."""
+        """Work for the current token from now on. Never raises `Cancelled`: the pool's slot would be lost."""
         self._binding = Binding.here()
         guard = self._guard
         if guard is None:
@@ -80,10 +80,10 @@ class GuardedConnection(_Base):
             raise
 
     @override
-    def getresponse(self, *args: Any, **kwargs: Any) -> Any:
+    def getresponse(self) -> Any:
         """Wait for the head of the response, or raise what the token says."""
         try:
-            return super().getresponse(*args, **kwargs)
+            return super().getresponse()
         except Cancelled:
             self.close()
             raise

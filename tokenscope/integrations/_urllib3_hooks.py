@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_hooks", "refuse_http2"]
 
+VERSION: str = getattr(urllib3, "__version__", "of unknown version")
+
 #: Everything used and not promised by urllib3's documentation. 1.26.0 to 2.8.0 have it.
 HOOKS: dict[Any, tuple[str, ...]] = {
     connection.HTTPConnection: ("_new_conn", "connect", "close"),
@@ -40,13 +42,13 @@ def check_hooks() -> None:
     """
     if importlib.util.find_spec("urllib3.backend") is not None:
         raise ImportError(
-            f"the package installed as urllib3 ({urllib3.__version__}) is urllib3-future, whose connections tokenscope cannot"
-            " guard. Uninstall urllib3-future (niquests brings it) and reinstall urllib3>=1.26,<3"
+            f"the package installed as urllib3 ({VERSION}) is urllib3-future, whose connections tokenscope"
+            " cannot guard. Uninstall urllib3-future (niquests brings it) and reinstall urllib3>=1.26,<3"
         )
     missing = list(_missing_hooks())
     if missing:
         raise ImportError(
-            f"urllib3 {urllib3.__version__} is not supported: it has no {', '.join(missing)}; use urllib3>=1.26,<3"
+            f"urllib3 {VERSION} is not supported: it has no {', '.join(missing)}; use urllib3>=1.26,<3"
         )
     refuse_http2()
 

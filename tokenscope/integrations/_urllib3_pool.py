@@ -1,4 +1,4 @@
-"""urllib3's pools: a connection is bound to the current token at checkout and unbound before it is idle again."""
+"""urllib3's pools: a connection is bound to the current token at checkout, and unbound before it is idle."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class GuardedPool(_Base):
         super().__init__(*args, **kwargs)
 
     @override
-    def urlopen(  # type: ignore[override]
+    def urlopen(  # type: ignore[override]  # noqa: PLR0917 - urllib3's own signature
         self,
         method: str,
         url: str,
@@ -115,7 +115,7 @@ def is_guarded(manager: urllib3.PoolManager) -> bool:
 
 
 def guard_manager(manager: urllib3.PoolManager) -> None:
-    """Make every pool that this manager opens from now on cancellable; idle connections of the others are closed.
+    """Make every pool that this manager opens from now on cancellable; idle connections are closed.
 
     Raises:
         TokenScopeError: The manager's connections connect in a way of their own (SOCKS), or urllib3's HTTP/2
@@ -141,7 +141,7 @@ def _guarded_connection(pool: type[Any]) -> type[Any]:
     plain = pool.ConnectionCls
     if plain._new_conn is not connection.HTTPConnection._new_conn:  # noqa: SLF001 - one of the hooks
         raise TokenScopeError(
-            f"{pool.__name__} connects in a way of its own ({plain.__name__}), where a cancel could not reach it; SOCKS"
-            " proxies are not supported yet"
+            f"{pool.__name__} connects in a way of its own ({plain.__name__}), where a cancel could not"
+            " reach it; SOCKS proxies are not supported yet"
         )
     return type(f"Guarded{plain.__name__}", (GuardedConnection, plain), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections import deque
 from typing import Any
@@ -81,10 +82,10 @@ class SlotQueue(queue.LifoQueue[Any]):
         return True
 
     def _wake_one(self) -> None:
-        try:
+        if not self._waiting:
+            return
+        with contextlib.suppress(IndexError):  # somebody else took the last one
             self._waiting.popleft().wake()
-        except IndexError:
-            pass  # nobody waits
 
 
 def _time_left(token: tokens.CancellationToken, end: float | None) -> float | None:

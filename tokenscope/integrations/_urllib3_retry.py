@@ -35,7 +35,7 @@ class _CancellableSleep(_Base):
 
 
 class CancellableRetry(_CancellableSleep, Retry):
-    """`urllib3.util.Retry` whose pauses a cancel ends. A plain one becomes this on its way through a guarded pool."""
+    """`urllib3.util.Retry` whose pauses a cancel ends. In a guarded pool a plain one becomes this."""
 
 
 # By class of the user's; None where it sleeps in a way of its own, which is respected.

@@ -18,7 +18,8 @@ from tokenscope._core.reasons import CancelKind
 from tokenscope.integrations._answers import only_error
 from tokenscope.integrations._body import Body
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._request import Part, Request, Settings, current_request
+from tokenscope.integrations._request import Part, Request, Swapped, current_request
+from tokenscope.integrations._settings import Settings
 from tokenscope.integrations.wsgi import RequestScopeMiddleware
 
 with needs("flask", extra="flask"):
@@ -193,7 +194,8 @@ def _alone(app: flask.Flask, call: Callable[[], Any], timeout: float | None) -> 
     """Serve a view that is all there is of tokenscope in its app."""
     environ = flask.request.environ
     settings = _settings_of(app)
-    request = Request(environ, settings if timeout is None else replace(settings, timeout=timeout))
+    settings = settings if timeout is None else replace(settings, timeout=timeout)
+    request = Request(environ, settings, context=Swapped())  # Flask's own variables stay where they are
     request.hangup.arm()
     return request.run(_serve_alone, app, request, environ, call)
 

@@ -1,4 +1,4 @@
-"""Cancellable requests: a drop-in `Session`, `mount` for a session somebody else made, `instrument` for all of them.
+"""Cancellable requests: a drop-in `Session`, `mount` for somebody else's session, `instrument` for all.
 
 guarded:      waiting for a pool slot, name look-up, connect, proxy CONNECT, TLS handshake, upload, headers,
     body, redirects, retries
@@ -58,6 +58,7 @@ class CancellableAdapter(HTTPAdapter):
 
     @override
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """As requests', with cancellable pools."""
         super().init_poolmanager(*args, **kwargs)
         guard_manager(self.poolmanager)
 
@@ -112,13 +113,13 @@ def mount(session: requests.Session) -> None:
 
 
 def instrument() -> None:
-    """Make every `requests.Session` of this process, present and future, end its requests with the current token.
+    """Make the requests of every session in this process, present and future, end with the current token.
 
     Sessions of other libraries and ``requests.get(...)`` included. Outside any scope nothing changes.
     Idempotent.
     """
     with _lock:
-        HTTPAdapter.send = _instrumented_send  # type: ignore[method-assign]
+        HTTPAdapter.send = _instrumented_send  # type: ignore[method-assign, assignment]
 
 
 def uninstrument() -> None:

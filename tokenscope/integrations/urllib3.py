@@ -1,4 +1,4 @@
-"""Cancellable urllib3: `PoolManager` and `ProxyManager` as drop-ins, `guard_manager` for one that somebody else made.
+"""Cancellable urllib3: `PoolManager` and `ProxyManager` as drop-ins, `guard_manager` for somebody else's.
 
 guarded:      waiting for a pool slot, name look-up, connect, proxy CONNECT, TLS handshake, upload, headers,
     body, retry pauses
@@ -22,8 +22,9 @@ with needs("urllib3"):
 
 check_hooks()
 
-from tokenscope.integrations._urllib3_pool import guard_manager, is_guarded  # noqa: E402 - only built on checked hooks
-from tokenscope.integrations._urllib3_retry import CancellableRetry  # noqa: E402
+# ruff: noqa: E402 - nothing is built on hooks that were not checked
+from tokenscope.integrations._urllib3_pool import guard_manager, is_guarded
+from tokenscope.integrations._urllib3_retry import CancellableRetry
 
 __all__ = ["CancellableRetry", "PoolManager", "ProxyManager", "guard_manager", "is_guarded"]
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from typing_extensions import ParamSpec
 
 from tokenscope.integrations._body import Body
-from tokenscope.integrations._request import SCOPE_KEY, Methods, Request, Settings, current_request
+from tokenscope.integrations._request import SCOPE_KEY, Request, current_request
+from tokenscope.integrations._settings import Methods, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

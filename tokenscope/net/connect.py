@@ -13,12 +13,13 @@ import socket
 from errno import EINPROGRESS, EWOULDBLOCK
 from typing import TYPE_CHECKING
 
-from tokenscope._core import token as tokens
 from tokenscope.net.guard import Guard
 from tokenscope.net.resolve import Address, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from tokenscope._core.token import CancellationToken
 
 __all__ = ["connect"]
 
@@ -30,7 +31,7 @@ _STARTED = frozenset({0, EINPROGRESS, EWOULDBLOCK})
 def connect(
     address: tuple[str, int],
     *,
-    token: tokens.CancellationToken,
+    token: CancellationToken,
     timeout: float | None = None,
     family: int = socket.AF_UNSPEC,
     source_address: tuple[str, int] | None = None,
@@ -73,7 +74,7 @@ def connect(
 
 def _attempt(
     found: Address,
-    token: tokens.CancellationToken,
+    token: CancellationToken,
     timeout: float | None,
     source_address: tuple[str, int] | None,
     socket_options: Iterable[tuple[int, int, int | bytes]] | None,

@@ -40,10 +40,11 @@ from tokenscope._core import token as tokens
 from tokenscope._core.current import current_token, standing_back
 from tokenscope._core.errors import TaskCancelled
 
+_ioctl: Callable[..., Any] | None
 try:
-    import fcntl
+    from fcntl import ioctl as _ioctl
 except ImportError:  # not a Unix: the upload flag alone decides
-    fcntl = None  # type: ignore[assignment]
+    _ioctl = None
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,8 +112,7 @@ class Guard:
     def __del__(self) -> None:
         self._dup.close()  # takes no lock; nobody else is left who could
 
-    # --- the token
-    # ----------------------------------------------------------------------------------------------
+    # --- the token ------------------------------------------------------------------------------------------
 
     @property
     def token(self) -> CancellationToken | None:
@@ -125,7 +125,7 @@ class Guard:
         return self._pid != _primitives.getpid()
 
     def attach(self, token: CancellationToken, *, explicit: bool = False) -> None:
-        """Let a cancel of ``token`` end what the connection is doing. Never raises `Cancelled`; look with `check`.
+        """Let a cancel of ``token`` end what the connection does. Raises no `Cancelled`; look with `check`.
 
         Args:
             token: The token, until `detach`.
@@ -139,19 +139,31 @@ class Guard:
         """Make the connection unreachable for its token; a cancel from now on comes too late.
 
         Returns:
-            True if the connection is as good as before; False if a cancel shut it down: close it.
+            True if the connection is as good as before; False if a cancel shut it down, or if it is that of a
+            parent process: close it.
         """
         token = self._token
+        if token is None:
+            return not self._fired
+        if self.foreign:  # the lock may have been copied while a thread of the parent held it
+            self._token = None
+            return False
         with self._lock: self._token = None  # fmt: skip
+        tokens.detach(token, self)
         self._settle()
-        if token is not None:
-            tokens.detach(token, self)
         return not self._fired
 
-    # --- the owner's side
-    # ---------------------------------------------------------------------------------------
+    # --- the owner's side -----------------------------------------------------------------------------------
 
-    def call(self, operation: Callable[..., Any], *args: Any, upload: bool = False) -> Any:
+    def upload(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """As `call`, for a write: a cancel resets the connection; the peer need not read to see it."""
+        self._uploading = True
+        try:
+            return self.call(operation, *args)
+        finally:
+            self._uploading = False
+
+    def call(self, operation: Callable[..., Any], *args: Any) -> Any:
         """Run one blocking socket call, and let the token decide what its end means.
 
         Raises:
@@ -160,18 +172,29 @@ class Guard:
             TaskCancelled: As above, but the token is that of a foreign task, and this thread's own is not
                 cancelled.
         """
-        shielded = standing_back() and self._enter_shield()
-        self.check()
-        self._uploading = upload
+        token = self._token
+        if standing_back() and token is not None and self._stands_back(token):
+            return self._call_shielded(operation, *args)
+        if token is not None and token.cancelled:
+            self.check()
         try:
             answer = operation(*args)
         except Exception as error:
             self.check(error)
             raise
+        if token is not None and token.cancelled:
+            self.check()
+        return answer
+
+    def _call_shielded(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """Run a call that a cancel must not cut; but if a cancel was faster, nothing is begun."""
+        if not self.foreign:
+            with self._lock: self._shielded = True  # fmt: skip
+        try:
+            self.check()
+            answer = operation(*args)
         finally:
-            self._uploading = False
-            if shielded:
-                self._shielded = False
+            self._shielded = False
         self.check()
         return answer
 
@@ -206,15 +229,7 @@ class Guard:
         """
         return standing_back() and not tokens.is_within(current_token(), token)
 
-    def _enter_shield(self) -> bool:
-        if self._token is None or not self._stands_back(self._token):
-            return False
-        with self._lock: self._shielded = True  # fmt: skip
-        self._settle()
-        return True
-
-    # --- the canceller's side
-    # -----------------------------------------------------------------------------------
+    # --- the canceller's side -------------------------------------------------------------------------------
 
     def wake(self) -> None:
         """Shut the connection down if its token is cancelled. Never blocks, never raises, never closes."""
@@ -223,11 +238,12 @@ class Guard:
 
     def shutdown(self, how: int) -> None:
         """Shut the connection down for its user, one way or both, unless it is idle. Safe from any thread."""
-        with self._lock: self._shutdown_locked(how)  # fmt: skip
-        self._settle()
+        if not self.foreign:
+            with self._lock: self._shutdown_locked(how)  # fmt: skip
+            self._settle()
 
     def _shutdown_locked(self, how: int) -> None:
-        if self._token is not None and self._holders and not self.foreign:
+        if self._token is not None and self._holders:
             with contextlib.suppress(OSError):  # it is over already
                 self._dup.shutdown(how)
 
@@ -264,16 +280,15 @@ class Guard:
 
     def _unsent(self) -> int:
         """How many bytes a FIN would have to wait for: the peer has stopped reading."""
-        if fcntl is None:
+        if _ioctl is None:
             return 0
         try:
-            answer = fcntl.ioctl(self._dup.fileno(), _SIOCOUTQNSD, b"\0\0\0\0")
+            answer = _ioctl(self._dup.fileno(), _SIOCOUTQNSD, b"\0\0\0\0")
         except OSError:  # another system, or another kind of socket
             return 0
         return int(struct.unpack("i", answer)[0])
 
-    # --- who keeps it open
-    # --------------------------------------------------------------------------------------
+    # --- who keeps it open ----------------------------------------------------------------------------------
 
     def retain(self) -> None:
         """Count one more holder: the connection itself is the first, each open file of it another."""

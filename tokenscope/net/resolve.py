@@ -25,7 +25,7 @@ MAX_ABANDONED = 64
 THREAD_NAME = "tokenscope-resolve"
 
 #: One line of what ``socket.getaddrinfo`` answers.
-Address = tuple[int, int, int, str, Any]
+Address = tuple[Any, ...]
 
 _stuck: set[_Lookup] = set()  # changed by atomic operations only
 
@@ -34,7 +34,7 @@ class _Lookup:
     """One look-up, on a thread of its own."""
 
     def __init__(self, host: str, port: int, family: int) -> None:
-        self.question = (host, port, family, socket.SOCK_STREAM)
+        self.question = (host, port, family)
         self.answer: list[Address] = []
         self.error: BaseException | None = None
         self.done = False
@@ -43,7 +43,7 @@ class _Lookup:
 
     def run(self) -> None:
         try:
-            self.answer = socket.getaddrinfo(*self.question)
+            self.answer = _ask(*self.question)
         except BaseException as error:  # raised in the thread that asked
             self.error = error
         self.done = True
@@ -89,13 +89,17 @@ def resolve(
     """
     token.check()
     if token is tokens.NEVER or _is_literal(host):
-        return socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+        return _ask(host, port, family)
     if abandoned() >= MAX_ABANDONED:
         raise socket.gaierror(
             socket.EAI_AGAIN,
             f"{MAX_ABANDONED} abandoned name look-ups are still stuck; the resolver does not answer",
         )
     return _wait(_start(_Lookup(host, port, family)), token)
+
+
+def _ask(host: str, port: int, family: int) -> list[Address]:
+    return list(socket.getaddrinfo(host, port, family, socket.SOCK_STREAM))
 
 
 def _start(lookup: _Lookup) -> _Lookup:

@@ -47,11 +47,11 @@ class GuardedSocket:
 
     def sendall(self, data: Buffer, flags: int = 0) -> None:
         """Send everything, or raise what the token says."""
-        self._guard.call(self._sock.sendall, data, flags, upload=True)
+        self._guard.upload(self._sock.sendall, data, flags)
 
     def send(self, data: Buffer, flags: int = 0) -> int:
         """Send something, or raise what the token says."""
-        return int(self._guard.call(self._sock.send, data, flags, upload=True))
+        return int(self._guard.upload(self._sock.send, data, flags))
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Receive, or raise what the token says."""
@@ -118,19 +118,23 @@ class GuardedReader(io.RawIOBase):
 
     @override
     def readable(self) -> bool:
+        """Whether it can be read: that is all it can."""
         return True
 
     @override
     def fileno(self) -> int:
+        """The descriptor of the socket."""
         return self._raw.fileno()
 
     @override
-    def readinto(self, buffer: Buffer) -> int | None:  # type: ignore[override]
+    def readinto(self, buffer: Buffer) -> int | None:
+        """Read what is there, or wait for it, or raise what the token says."""
         count: int | None = self._guard.call(self._raw.readinto, buffer)
         return count
 
     @override
     def close(self) -> None:
+        """Close the file; the last one closes a socket that was closed before."""
         if self.closed:
             return
         super().close()

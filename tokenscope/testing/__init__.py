@@ -24,12 +24,17 @@ def drain(timeout: float = 5.0) -> bool:
     """
     seconds = clock.validate_timeout(timeout)
     end = clock.deadline_after(seconds)
+    while idle := _ask_to_leave():
+        if end is not None and clock.now() >= end:
+            return False
+        idle[0].join(0.02)  # then again: one that was just coming to rest has not heard it
+    return True
+
+
+def _ask_to_leave() -> list[threading.Thread]:
     workers.drain()
     timer.drain()
-    idle = [thread for thread in threading.enumerate() if thread.name == IDLE_NAME or _is_spare_timer(thread)]
-    for thread in idle:
-        thread.join(None if end is None else max(0.0, end - clock.now()))
-    return not any(thread.is_alive() for thread in idle)
+    return [thread for thread in threading.enumerate() if thread.name == IDLE_NAME or _is_spare_timer(thread)]
 
 
 def _is_spare_timer(thread: threading.Thread) -> bool:

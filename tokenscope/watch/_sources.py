@@ -12,8 +12,10 @@ import errno
 import os
 import socket
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from tokenscope._core.errors import TokenScopeError
 
@@ -41,9 +43,8 @@ class Source:
     look: Callable[[Mapping[str, Any]], Any]
 
 
-@dataclass(frozen=True, slots=True)
 class Connection:
-    """The client's connection, as the server holds it.
+    """The client's connection, as the server holds it. Read-only.
 
     Attributes:
         source: Which row of the table found it.
@@ -51,10 +52,17 @@ class Connection:
         family: ``socket.AF_INET``, ``AF_UNIX`` ...
     """
 
-    source: str
-    fd: int
-    family: int
-    _holder: Any = field(repr=False, compare=False)
+    __slots__ = ("_holder", "family", "fd", "source")
+
+    def __init__(self, source: str, fd: int, family: int, holder: Any) -> None:
+        self.source = source
+        self.fd = fd
+        self.family = family
+        self._holder = holder
+
+    @override
+    def __repr__(self) -> str:
+        return f"<Connection {self.fd} from {self.source}>"
 
     def duplicate(self) -> int:
         """A file descriptor of our own for the same connection.
@@ -110,11 +118,14 @@ def _explicit(holder: Any) -> Connection:
 
 
 def _connection(source: str, holder: Any) -> Connection | None:
-    fd = _number_of(holder)
-    if fd < 0 or not _is_socket(fd):
+    if holder is None:
         return None
-    family = getattr(holder, "family", None)
-    return Connection(source, fd, _family_of(fd) if family is None else int(family), holder)
+    fd = _number_of(holder)
+    if fd < 0:
+        return None
+    if isinstance(holder, socket.socket):  # nearly always; everything else has to prove it
+        return Connection(source, fd, holder.family, holder)
+    return Connection(source, fd, _family_of(fd), holder) if _is_socket(fd) else None
 
 
 def _number_of(holder: Any) -> int:

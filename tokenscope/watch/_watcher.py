@@ -28,7 +28,8 @@ Invariants
        connection: while a dup lives, a server's ``close()`` sends no FIN.
 
 Lock: one (`Room`), a leaf. Under it there are only system calls that do not wait (epoll_ctl, poll(0)) and
-dictionary operations; no callback, no event, no other lock. Hence no deadlock. It is re-entrant because a
+dictionary operations; no callback, no event, no other lock, and no start of a thread (which waits for locks
+of ``threading`` that a thread in a finalizer may hold). Hence no deadlock. It is re-entrant because a
 finalizer of an abandoned response may close its watch in the middle of a section of the same thread; that
 takes the watch out in one step (``pop``), so both see one winner.
 
@@ -106,12 +107,13 @@ class Watch:
 class Watcher(_primitives.Room):
     """The table, its epoll and its thread. There is one for the process: `watcher`."""
 
-    __slots__ = ("_epoll", "_table")
+    __slots__ = ("_epoll", "_table", "_waited_on")
 
     def __init__(self) -> None:
         super().__init__()
         self._table: dict[int, Watch] = {}  # dup -> watch; changes under the lock
         self._epoll: select.epoll | None = None  # made, and lost, under the lock
+        self._waited_on = False  # whether the thread runs or is being started; changes under the lock
 
     def add(self, dup: int, mask: int, on_gone: Callable[[], object]) -> Watch:
         """Watch ``dup``, which is ours from now on.
@@ -122,27 +124,37 @@ class Watcher(_primitives.Room):
         """
         found = Watch(self, dup, mask, on_gone)
         try:
-            with self.enter(): self._add_locked(found)  # fmt: skip
+            with self.enter(): idle = self._add_locked(found)  # fmt: skip
+            if idle is not None:
+                self._start(idle)
         except BaseException:
             self.close(found)
             raise
         return found
 
-    def _add_locked(self, new: Watch) -> None:
+    def _add_locked(self, new: Watch) -> select.epoll | None:
+        """Gives the epoll if nobody waits on it; then the caller, and nobody else, starts the thread."""
         self._table[new.dup] = new
-        epoll = self._epoll or self._start_locked()
-        epoll.register(new.dup, new.mask | select.EPOLLONESHOT)
+        if self._epoll is None:
+            self._epoll = select.epoll()
+        self._epoll.register(new.dup, new.mask | select.EPOLLONESHOT)
+        if self._waited_on:
+            return None
+        self._waited_on = True
+        return self._epoll
 
-    def _start_locked(self) -> select.epoll:
-        # Starting a thread under the lock waits for its first lines, which take no lock.
-        epoll = select.epoll()
+    def _start(self, epoll: select.epoll) -> None:
         try:
             _primitives.start_thread(lambda: self._run(epoll), THREAD_NAME)
         except BaseException:
-            epoll.close()
+            with self.enter(): self._unwatched_locked(epoll)  # fmt: skip
             raise
-        self._epoll = epoll
-        return epoll
+
+    def _unwatched_locked(self, epoll: select.epoll) -> None:
+        # Whoever was added meanwhile stays: the next one tries to start the thread again, and no event is
+        # lost.
+        if self._epoll is epoll:
+            self._waited_on = False
 
     def close(self, ended: Watch) -> None:
         """Take ``ended`` out, if it still is in."""
@@ -173,6 +185,7 @@ class Watcher(_primitives.Room):
     def _lost_locked(self, epoll: select.epoll) -> None:
         if self._epoll is epoll:
             self._epoll = None
+            self._waited_on = False
             self._table.clear()
 
     def look(self, fd: int, expected: Watch | None = None) -> None:
@@ -208,6 +221,7 @@ class Watcher(_primitives.Room):
         # Order matters: unregistering here would take the parent's registrations out of the shared epoll.
         inherited, self._table = self._table, {}
         epoll, self._epoll = self._epoll, None
+        self._waited_on = False
         if epoll is not None:
             epoll.close()
         for fd in inherited:
@@ -227,7 +241,7 @@ watcher = Watcher()
 
 def supported() -> bool:
     """Whether hang-ups can be seen here without reading: epoll is there, and nobody has patched it away."""
-    return hasattr(select, "epoll") and hasattr(select, "poll") and hasattr(select, "EPOLLRDHUP")
+    return hasattr(select, "epoll")
 
 
 def watch(

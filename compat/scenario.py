@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 #: Seconds for a step that has to be prompt. Generous: on any machine it tells "woken" from "by accident".
 PROMPT = 1.0
 
+#: Seconds for a shutdown: more than servers need by themselves (gunicorn 21's gthread: 1.2), less than the
+#: library's idle threads live (10).
+ORDERLY = 5.0
+
 #: How often a hang-up is told; every third visitor leaves by a reset.
 ROUNDS = 12
 
@@ -185,8 +189,10 @@ class Story:
     def shutdown(self) -> float:
         asked = time.monotonic()
         status = self.server.shut_down()
+        seconds = time.monotonic() - asked
         assert status == 0, f"exit status {status}"
-        return time.monotonic() - asked
+        assert seconds < ORDERLY, f"it took {seconds:.1f} s"
+        return seconds
 
     # --- what happens in them -------------------------------------------------------------------------------
 

@@ -303,7 +303,8 @@ def census() -> dict[str, Any]:
 def _run_waitress(app: Any, listener: socket.socket) -> None:
     from waitress import create_server
 
-    create_server(app, sockets=[listener], threads=THREADS).run()
+    lookahead = int(os.environ.get("LOOKAHEAD", "0"))
+    create_server(app, sockets=[listener], threads=THREADS, channel_request_lookahead=lookahead).run()
 
 
 def _run_werkzeug(app: Any, listener: socket.socket) -> None:

@@ -289,6 +289,20 @@ def test_nothing_is_kept_of_finished_work():
             gc.collect()
 
 
+def test_waiting_work_does_not_keep_the_request_alive():
+    """What waits in the queue holds a copy of the context, but not the request's scope and token in it."""
+    gate, refs = Gate(), []
+    with BackgroundScope(max_threads=1) as background:
+        background.spawn(gate.hold)
+        with ThreadScope() as request:
+            background.spawn(str)
+            refs += [weakref.ref(request), weakref.ref(request.token)]
+        del request
+        gc.collect()
+        assert not any(ref() for ref in refs)
+        gate.opened.set()
+
+
 def test_a_process_that_closes_its_background_scope_exits_promptly():
     """And one that forgets to is not kept by it."""
     for close in ("background.close()", "pass"):

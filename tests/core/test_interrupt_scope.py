@@ -27,11 +27,12 @@ class InterruptAt:
         self.where: str | None = None  # once it has fired
 
     def __enter__(self) -> Self:
+        self.before = sys.gettrace()
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self.before)  # of whoever measures coverage
 
     def _call(self, frame, event, arg):
         ours = frame.f_code.co_filename.startswith(LIBRARY)

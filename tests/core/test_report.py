@@ -175,8 +175,8 @@ def test_the_json_of_a_report_can_be_read_back():
     with pytest.raises(ExceptionGroup):
         with ThreadScope(name="s") as scope:
             scope.spawn(gate.hold)
-            scope.spawn(fail, ValueError("child"), name="c")
             gate.await_arrival()
+            scope.spawn(fail, ValueError("child"), name="c")
             scope.token.wait(WAIT)
             gate.open()
     line = scope.report.to_json()

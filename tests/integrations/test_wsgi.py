@@ -8,6 +8,7 @@ import io
 import logging
 import threading
 import time
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import FileWrapper
 from wsgiref.validate import validator
@@ -140,6 +141,27 @@ def test_each_step_of_a_stream_sees_its_own_token_whatever_thread_takes_it() -> 
     for path, scopes in seen.items():
         assert len(scopes) == 3
         assert {scope.name for scope in scopes} == {f"GET {path}"}
+
+
+def test_the_steps_of_a_request_share_one_context() -> None:
+    """A context variable that the app sets is there in the next step, on any thread, and nowhere else."""
+    mine: ContextVar[str] = ContextVar("mine", default="unset")
+    seen = []
+
+    def view() -> Iterator[bytes]:
+        mine.set("set")
+        for _ in range(2):
+            seen.append(mine.get())
+            yield b"."
+
+    with Exchange(app_of(view)) as ask:
+        ask.call()
+        next(iter(ask.body))
+        thread = threading.Thread(target=lambda: next(iter(ask.body)))
+        thread.start()
+        thread.join(PATIENCE)
+    assert seen == ["set", "set"]
+    assert mine.get() == "unset"
 
 
 def test_two_middlewares_share_one_scope() -> None:

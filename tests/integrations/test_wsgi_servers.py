@@ -205,6 +205,16 @@ def test_a_cancel_in_a_stream_ends_it_quietly(server: Server, name: str) -> None
     assert held(server)["pid"] == pid
 
 
+@pytest.mark.parametrize("name", ["quick", "streamed"])
+def test_the_watch_does_not_keep_a_connection_open(server: Server, name: str) -> None:
+    """Whoever waits for the server to close is not kept waiting by our copy of the socket."""
+    with server.connect() as client:
+        client.send("GET", f"/{name}/1", {"Connection": "close"})
+        assert client.read_answer().complete
+        client.socket.settimeout(2)
+        assert client.socket.recv(1) == b""
+
+
 def test_a_hang_up_is_noticed_beside_threads_that_compute(server: Server) -> None:
     """Two CPU-bound threads do not keep a hang-up from reaching a checkpoint. How fast: bench/."""
     if server.kind not in THREADED:

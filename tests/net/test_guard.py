@@ -326,3 +326,56 @@ def test_attach_detach_and_cancel_from_many_threads_cut_only_their_own(pair):
         thread.join()
         assert whole is not guard._fired
         guard.release()
+
+
+def test_connection_of_another_process_goes_back_to_no_pool(guarded):
+    """A child that detaches its parent's connection is told to close its copy, and waits for no lock."""
+    _sock, guard, far = guarded
+    guard.attach(CancellationToken())
+    guard._pid = -1
+    with guard._lock:  # as copied by a fork in the middle of a section
+        assert not guard.detach()
+        guard.shutdown(socket.SHUT_RDWR)
+    assert guard.token is None
+    far.sendall(b"alive")
+    guard._pid = os.getpid()
+
+
+def test_socket_without_a_send_queue_to_ask_is_shut_down_all_the_same():
+    """Not every kind of socket, nor every system, tells how much has not left yet."""
+    near, far = socket.socketpair()
+    with near, far:
+        guard, token = Guard(near), CancellationToken()
+        guard.attach(token)
+        token.cancel("stop")
+        assert far.recv(1) == b""
+        guard.release()
+
+
+@pytest.mark.parametrize("answer", [None, OSError(25, "not a terminal")], ids=["no ioctl", "refused"])
+def test_unsent_bytes_are_none_where_the_system_does_not_say(guarded, monkeypatch, answer):
+    """Then only an upload that is running resets the connection."""
+
+    def ioctl(*_: object) -> bytes:
+        assert answer is not None
+        raise answer
+
+    monkeypatch.setattr("tokenscope.net.guard._ioctl", answer and ioctl)
+    sock, guard, far = guarded
+    token = CancellationToken()
+    guard.attach(token)
+    assert guard._unsent() == 0
+    token.cancel("stop")
+    assert far.recv(1) == b""
+    sock.close()
+
+
+def test_cancel_of_an_unconnected_socket_is_harmless():
+    """There is nothing to end: the next look at the token tells."""
+    with socket.socket() as sock:
+        guard, token = Guard(sock), CancellationToken()
+        guard.attach(token)
+        token.cancel("stop")
+        with use_token(token), pytest.raises(Cancelled):
+            guard.check()
+        guard.release()

@@ -9,9 +9,11 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 import pytest
-from servers import KEEP_ALIVE, THREADED
+from servers import KEEP_ALIVE, THREADED, serve
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from servers import Server
 
 SOURCES = {
@@ -220,4 +222,34 @@ def test_each_hang_up_reaches_its_own_request(server: Server) -> None:
         for number in stayers:
             clients[number].leave("fin")
         for number in stayers:
+            assert server.expect("ended", id=number)["fired"]
+
+
+@pytest.mark.parametrize("kind", ["gunicorn-gthread", "waitress"])
+def test_on_a_unix_socket_a_half_close_is_told_apart(kind: str, tmp_path: Path) -> None:
+    """Behind a proxy on a Unix socket a client that stops sending is not gone, and one that closes is."""
+    with serve(kind, "watch/watch_app.py:make", tmp_path, unix=True) as server:
+        number, path = hang(QUIET)
+        with server.connect() as client:
+            client.send("GET", path)
+            server.expect("watching", id=number)
+            client.leave("half")
+            assert client.read_answer().body == b"answer"
+        assert not server.expect("ended", id=number)["fired"]
+        number, path = hang()
+        with server.connect() as client:
+            client.send("GET", path)
+            server.expect("watching", id=number)
+        assert server.expect("ended", id=number)["fired"]
+
+
+def test_a_server_that_closes_its_descriptor_under_us_loses_nothing(tmp_path: Path) -> None:
+    """A waitress that looks ahead closes a reset connection at once; our copy of it still tells."""
+    with serve("waitress", "watch/watch_app.py:make", tmp_path, env={"LOOKAHEAD": "1"}) as server:
+        for _ in range(10):
+            number, path = hang()
+            with server.connect() as client:
+                client.send("GET", path)
+                server.expect("watching", id=number)
+                client.leave("rst")
             assert server.expect("ended", id=number)["fired"]

@@ -101,7 +101,8 @@ class ScopeMap(Generic[T]):
 
     def cut_off(self) -> None:
         """Its scope is being left: cancel it, and have a consumer that still asks told so, not a false end."""
-        self._cut_off = self._cut_off or not self._closed and not (self._exhausted and not self._tasks)
+        at_its_end = self._exhausted and not self._tasks
+        self._cut_off = self._cut_off or not (self._closed or at_its_end)
         self.cancel()
 
     def close(self) -> None:

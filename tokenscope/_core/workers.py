@@ -65,8 +65,7 @@ class Workers(_primitives.Room):
     def submit(self, fn: Callable[[], object], *, patient: bool = False) -> None:
         """Run ``fn`` on a cached thread, soon. Thread-safe, also in signal handlers.
 
-        Args:
-            patient: Where no thread can be started, one that is busy now will do.
+        ``patient``: where no thread can be started, one that is busy now will do.
 
         Raises:
             RuntimeError: No thread could be started; ``fn`` will not run.

@@ -60,11 +60,6 @@ class Hangup:
         if self._watch is not None:
             self._watch.close()
 
-    @property
-    def seen(self) -> bool:
-        """Whether the client was seen to leave."""
-        return self._gone
-
     def complain(self, endpoint: str, remedy: str) -> None:
         """If a hang-up was seen and nobody acted on it, say so once for this endpoint, with the remedy."""
         if self._gone and not self.armed and _first_time(f"endpoint {endpoint}"):

@@ -15,9 +15,7 @@ import contextlib
 import functools
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-
-from typing_extensions import ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from tokenscope._core import ambient, clock, events, workers
 from tokenscope._core.reasons import CancelKind
@@ -43,8 +41,7 @@ SCOPE_KEY = "tokenscope.scope"
 
 _REMEDY = "to stop such work, decorate the view with @cancellable, or give the middleware methods='all'"
 
-#: Cancels by which a scope stops what is left of itself: the request failed, or was done; it was not
-# cancelled.
+#: Cancels by which a scope stops what is left of itself: the request failed or was done, not cancelled.
 _HOUSEKEEPING = (CancelKind.BODY_FAILED, CancelKind.SIBLING_FAILED, CancelKind.SCOPE_ENDED)
 
 _current: ContextVar[Request | None] = ContextVar("tokenscope_request", default=None)

@@ -10,9 +10,7 @@ compat:       gunicorn-sync, gunicorn-gthread, waitress, werkzeug, wsgiref
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Literal, TypeVar
-
-from typing_extensions import ParamSpec
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from tokenscope.integrations._body import Body
 from tokenscope.integrations._request import SCOPE_KEY, Request, current_request

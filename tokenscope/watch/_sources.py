@@ -15,8 +15,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
-
+from tokenscope._core._typing import override
 from tokenscope._core.errors import TokenScopeError
 
 if TYPE_CHECKING:

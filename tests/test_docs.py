@@ -219,3 +219,14 @@ def test_a_page_cannot_hide_a_block(text, complaint):
 def test_outputs_are_compared_to_the_letter_except_for_dots(printed, promised, same):
     """Three dots stand for anything within one line, and nothing else does."""
     assert agrees(printed, promised) is same
+
+
+LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path):
+    """Each link of a page to another file of the repository leads to one that is there."""
+    targets = (match["target"].partition("#")[0] for match in LINK.finditer(page.read_text(encoding="utf-8")))
+    local = [target for target in targets if target and "://" not in target and not target.startswith("mailto:")]
+    assert [target for target in local if not (page.parent / target).exists()] == []

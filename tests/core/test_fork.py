@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -32,7 +33,9 @@ def fork(work):
         return pid
     status = 1
     try:
-        faulthandler.dump_traceback_later(WAIT, exit=True)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        faulthandler.register(signal.SIGALRM, chain=True)  # a child that hangs says where, and dies
+        signal.alarm(int(WAIT))
         work()
         status = 0
     except BaseException:

@@ -31,7 +31,7 @@ from tokenscope._core._typing import override
 from tokenscope._core.errors import ScopeClosed
 from tokenscope._core.outcome import Failure
 from tokenscope._core.report import TaskCounts
-from tokenscope._core.task import FAILED, NEVER_STARTED, SUCCEEDED, Task
+from tokenscope._core.task import CANCELLED, FAILED, NEVER_STARTED, SUCCEEDED, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +95,7 @@ class Crew(_primitives.Room):
         self.gave_up = 0.0  # monotonic
         self.joiners: list[_primitives.Waiter] = []
         self.failures: list[Failure] = []
-        self.counts: Counter[str] = Counter()
+        self.counts = dict.fromkeys((SUCCEEDED, FAILED, CANCELLED, NEVER_STARTED), 0)
         self.late_events: Counter[str] = Counter()
         self.late_work = 0.0  # seconds of the children's own code after the cancel
         self.last_end = 0.0  # monotonic
@@ -142,7 +142,10 @@ class Crew(_primitives.Room):
         except RuntimeError:
             self.run(self._forget_locked, task)
             raise
-        _primitives.discard(self.ready, task)  # an interrupt above sends it twice; its second run does nothing
+        try:
+            self.ready.remove(task)  # an interrupt above sends it twice; its second run does nothing
+        except ValueError:
+            pass
 
     def _dispatch_locked(self, newest: Task[Any] | None = None) -> None:
         """Send queued tasks to workers while there is room."""
@@ -185,6 +188,16 @@ class Crew(_primitives.Room):
             self.run(self._record_locked, task)
         else:
             with self.lock: self._record_locked(task)
+        if not task._released:
+            interrupt = self._tell_of(task) or interrupt
+        if events.wants(events.TaskEnded):
+            events.emit(events.TaskEnded(self.name, task.name, (task._end or (NEVER_STARTED, None))[0]))
+        if interrupt is not None:
+            raise interrupt
+
+    def _tell_of(self, task: Task[Any]) -> BaseException | None:
+        """The end of a task of which somebody must be told with no lock held. Returns an interrupt to re-raise."""
+        interrupt: BaseException | None = None
         if not task.done():
             interrupt = _kept(task.publish) or interrupt
         if task._watchers:
@@ -196,10 +209,7 @@ class Crew(_primitives.Room):
             interrupt = _kept(self._tell_failure, task, cast("BaseException", value)) or interrupt
         if task in self.live or task in self.orphans:
             self.run(self._release_locked, task)
-        if events.wants(events.TaskEnded):
-            events.emit(events.TaskEnded(self.name, task.name, word))
-        if interrupt is not None:
-            raise interrupt
+        return interrupt
 
     def _tell_failure(self, task: Task[Any], error: BaseException) -> None:
         if task in self.orphans:  # its scope has told its outcome
@@ -211,7 +221,7 @@ class Crew(_primitives.Room):
         """Count it; and where nobody needs to be told anything outside of the lock, publish it and let it go in one step."""
         if task not in self.live or task._end is None:
             return
-        quick = task.done() or task.publish_locked()
+        quick = task.publish_locked() or task.done()
         if task._counted:
             return
         task._counted = True
@@ -226,6 +236,7 @@ class Crew(_primitives.Room):
             self.late_work += max(0.0, task._stopped - cut.when)
         if quick and word != FAILED and not task._watchers and self.max_threads is None:
             self._release_locked(task)
+            task._released = True
 
     def _began_late(self, task: Task[Any]) -> bool:
         """Whether the failure of a task began after the cancel; its cleanups may have taken it beyond that."""
@@ -341,7 +352,7 @@ class Crew(_primitives.Room):
             spawned=ended + len(self.live) + len(self.given_up),
             finished=counts[SUCCEEDED],
             failed=counts[FAILED],
-            cancelled=counts["cancelled"],
+            cancelled=counts[CANCELLED],
             never_started=counts[NEVER_STARTED],
         )
 

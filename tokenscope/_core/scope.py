@@ -191,8 +191,9 @@ class ThreadScope:
         if not callable(fn):
             raise TypeError(f"spawn() takes a callable, not {fn!r}")
         check()
-        if crew.token.reason is not None:
-            self._refuse(crew, crew.token.reason)
+        cut = crew.token._cut
+        if cut is not None:
+            self._refuse(crew, cut.reason)
         task = Task(crew, fn, args, kwargs, name, kind)
         crew.admit(task)
         return task

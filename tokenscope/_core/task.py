@@ -20,7 +20,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import threading
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from tokenscope._core import _primitives, ambient, clock, workers
@@ -76,6 +76,7 @@ class Task(concurrent.futures.Future[T], Generic[T]):
     _end: tuple[str, Any] | None = None  # how it ended; written once, before it is published
     _queued: Registration | None = None  # ends it at the moment of a cancel while it waits under `max_threads`
     _counted = False  # by the crew, under its lock
+    _released = False  # by the crew, under its lock: ended, and there is nobody to be told
 
     def __init__(
         self,
@@ -88,14 +89,17 @@ class Task(concurrent.futures.Future[T], Generic[T]):
     ) -> None:
         if name is None:
             name = f"{getattr(fn, '__qualname__', 'task')}-{next(_numbers)}"
+            self.token = crew.token.child()
+            self.token._name = name  # this one needs no checking
+        else:
+            self.token = crew.token.child(name=name)
         if kind is not None and not isinstance(kind, str):
             raise TypeError(f"kind must be a str or None, not {kind!r}")
         self.name = name
         self.kind = kind
-        self.token = crew.token.child(name=name)
         self._crew = crew
-        self._call: dict[None, tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]]] = {None: (fn, args, kwargs)}
-        self._context = copy_context()
+        self._call: list[tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]]] = [(fn, args, kwargs)]
+        self._context: Context | None = copy_context()
         self._watchers: list[_primitives.Waiter] = []
 
     @property
@@ -231,14 +235,18 @@ class Task(concurrent.futures.Future[T], Generic[T]):
 
     def work(self) -> None:
         """Run it, publish its outcome, tell the crew."""
-        call = self._call.pop(None, None)
-        if call is None:
+        try:
+            call = self._call.pop()
+        except IndexError:
             return  # it ended while it was queued
         self._ident = _primitives.get_ident()
         threading.current_thread().name = self.name
-        self._end = self._context.run(self._run, *call)
-        del call
-        workers.release_thread()
+        context = cast("Context", self._context)
+        self._end = context.run(self._run, *call)
+        del call, context
+        self._context = None  # in it this task is the current owner: a cycle that only the garbage collector would end
+        if workers._hooks:
+            workers.release_thread()
         self._ident = None
         self._crew.ended(self)
 
@@ -286,7 +294,10 @@ class Task(concurrent.futures.Future[T], Generic[T]):
     def end_unstarted(self) -> None:
         """End a task that no thread has taken; nothing if one has."""
         # On one line: an interrupt between taking the call and saying so would leave the task in neither state.
-        self._end = self._end or (self._call.pop(None, None) and (NEVER_STARTED, None))
+        try:
+            self._end = self._end or (self._call.pop() and (NEVER_STARTED, None))
+        except IndexError:
+            pass  # one has
         cut = self.token._cut
         if cut is not None:
             mark_cut_short(self.token, cut)
@@ -300,9 +311,12 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         word, value = self._end
         if word == SUCCEEDED:
             self._result = value
+            self._state = _FINISHED
         elif word == FAILED:
             self._exception = value
-        self._state = _FINISHED if word in (SUCCEEDED, FAILED) else _CANCELLED_AND_TOLD
+            self._state = _FINISHED
+        else:
+            self._state = _CANCELLED_AND_TOLD
         return True
 
     def publish(self) -> None:

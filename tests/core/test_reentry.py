@@ -1,0 +1,320 @@
+"""Re-entry: signal handlers and finalizers that use the very trees in whose locked sections they arrive."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from itertools import cycle
+
+import pytest
+from actors import WAIT, until
+from crowd import crowd
+
+from tokenscope import CancellationToken
+from tokenscope._core import events
+from tokenscope._core.timer import timer
+from tokenscope._core.workers import on_thread_release, workers
+
+EVERY = 200e-6
+#: Seconds that one storm lasts.
+STORM = 1.5
+
+
+@contextmanager
+def signals(handler):
+    """Have ``handler()`` called every 200 µs in the main thread, in the middle of whatever it does."""
+    before = signal.signal(signal.SIGALRM, lambda _number, _frame: handler())
+    signal.setitimer(signal.ITIMER_REAL, EVERY, EVERY)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def quiet():
+    """No signal arrives in the block."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+
+@pytest.fixture
+def _eager_gc():
+    """Collect garbage after every 50 allocations."""
+    before = gc.get_threshold()
+    gc.set_threshold(50)
+    yield
+    gc.set_threshold(*before)
+
+
+class Trash:
+    """Garbage in a cycle that uses the tree in its finalizer."""
+
+    def __init__(self, world):
+        self.me = self
+        self.world = world
+
+    def __del__(self):
+        self.world.disturb("finalizer")
+
+
+class World:
+    """One round: trees that the main code and its disturbers use at the same time."""
+
+    def __init__(self):
+        self.root, self.other = CancellationToken(name="root"), CancellationToken(name="other")
+        self.child = self.root.child()
+        self.linked = CancellationToken.linked(self.child, self.other)
+        self.calls = []  # keys of callbacks that were called
+        self.armed = {}  # key -> registration, of callbacks that must be called unless closed
+        self.closed = []  # keys of registrations that were closed in time
+        self.made = [self.child, self.linked]
+        self.disturbances = 0
+        self.steps = cycle((self.make, self.link, self.cancel_one, self.register, self.close_one, self.deadline))
+
+    def disturb(self, _who):
+        self.disturbances += 1
+        next(self.steps)()
+
+    def make(self):
+        self.made.append(self.linked.child())
+        self.made.append(self.root.child())
+
+    def link(self):
+        self.made.append(CancellationToken.linked(self.child, self.linked))
+
+    def cancel_one(self):
+        token = CancellationToken.linked(self.root, self.child)
+        key = self.register(token)
+        token.cancel()
+        self.made.append(token)
+        return key
+
+    def register(self, token=None):
+        key = object()
+        self.armed[key] = (token or self.linked).on_cancel(self.calls.append, key)
+        return key
+
+    def close_one(self):
+        key = self.register(self.child.child())
+        if self.armed[key].close():
+            self.closed.append(key)
+
+    def deadline(self):
+        self.made.append(self.child.child(timeout=30))
+
+    def work(self, times):
+        """What the main code does, over and over."""
+        for _ in range(times):
+            Trash(self)
+            self.make()
+            self.link()
+            self.register()
+            self.close_one()
+            self.cancel_one()
+            self.deadline()
+
+    def check(self):
+        """No cancel and no callback was lost; nothing is left locked or put off."""
+        assert self.root.cancelled
+        assert all(token.cancelled for token in self.made)
+        assert len(set(self.calls)) == len(self.calls)
+        assert set(self.calls) == set(self.armed) - set(self.closed)
+        for tree in {token._tree for token in (self.root, self.other, self.linked)}:
+            assert not tree.busy_here()
+            assert not tree.inbox
+            assert all(cut.finished for cut in tree.unfinished)
+            assert not tree.pinned
+
+
+@pytest.mark.usefixtures("_eager_gc")
+def test_a_storm_of_signals_and_finalizers():
+    """A signal every 200 µs and a collection every 50 allocations, all on the same trees: no hang, no lost cancel."""
+    worlds = [World()]
+    disturbances = rounds = 0
+    end = time.monotonic() + STORM
+    with signals(lambda: worlds[0].disturb("signal")):
+        while time.monotonic() < end:
+            world = worlds[0]
+            world.work(5)
+            assert world.root.cancel("main") or world.root.cancelled
+            with quiet():
+                gc.collect()
+                world.check()
+                rounds += 1
+                disturbances += world.disturbances
+                worlds[0] = World()
+    assert disturbances > rounds > 10
+
+
+@pytest.mark.usefixtures("_eager_gc")
+def test_a_storm_while_other_threads_work():
+    """The same, with three more threads on the trees: they, too, meet finalizers, and the main thread signals."""
+    worlds = [World()]
+    end = time.monotonic() + STORM
+    barrier = threading.Barrier(4)
+
+    def helper():
+        while True:
+            barrier.wait(WAIT)
+            if worlds[0] is None:
+                return
+            worlds[0].work(3)
+            barrier.wait(WAIT)
+
+    with crowd(helper, helper, helper):
+        try:
+            with signals(lambda: worlds[0] and worlds[0].disturb("signal")):
+                while time.monotonic() < end:
+                    world = worlds[0]
+                    barrier.wait(WAIT)
+                    world.work(3)
+                    assert world.root.cancel("main") or world.root.cancelled
+                    barrier.wait(WAIT)
+                    with quiet():
+                        gc.collect()
+                        world.check()
+                        worlds[0] = World()
+                worlds[0] = None
+                barrier.wait(WAIT)
+        except BaseException:
+            barrier.abort()
+            raise
+
+
+def test_a_cancel_from_a_handler_is_never_lost():
+    """A handler that cancels the tree in the middle of any operation on it: the operation carries it out."""
+    roots = [CancellationToken()]
+    fired = []
+
+    def handler():
+        roots[0].cancel("handler")
+        fired.append(roots[0])
+
+    end = time.monotonic() + STORM / 2
+    with signals(handler):
+        while time.monotonic() < end:
+            root = CancellationToken()
+            linked = CancellationToken.linked(root, CancellationToken())
+            roots[0] = root
+            while not root.cancelled:
+                linked.child()
+                linked.on_cancel(int).close()
+                linked.child(timeout=9).wait(0)
+                linked.child().cancel()
+            child = linked.child()
+            assert child.cancelled
+    assert len(fired) > 100
+
+
+def test_deadlines_set_by_handlers_are_kept():
+    """Alarms posted in the middle of the timer's own sections ring all the same."""
+    made = []
+
+    def handler():
+        made.append(CancellationToken(timeout=0.001))
+
+    end = time.monotonic() + STORM / 2
+    with signals(handler):
+        while time.monotonic() < end:
+            made.append(CancellationToken(timeout=0.002))
+            CancellationToken(timeout=30)
+    until(lambda: all(token.cancelled for token in made))
+    assert not timer.posted
+
+
+def test_deadlines_set_by_finalizers_on_the_timer_thread_are_kept():
+    """A finalizer that runs in the middle of the timer thread's own section may set a deadline."""
+    made = []
+    ready = threading.Event()
+
+    class Late:
+        def __del__(self):
+            made.append((threading.current_thread().name, CancellationToken(timeout=0.001)))
+            ready.set()
+
+    class Owner:
+        pass
+
+    owner = Owner()
+    owner.late = Late()
+    alarm = _DropsItsOwner(owner, time.monotonic() + 0.01)
+    alarm.box.append(owner)
+    del owner
+    timer.add(alarm)
+    assert ready.wait(WAIT)
+    (name, token) = made[0]
+    assert name == "tokenscope-timer"
+    until(lambda: token.cancelled)
+
+
+class _DropsItsOwner(type(CancellationToken(timeout=3600)._more.alarm)):
+    """An alarm whose time is compared in the section, which drops the last reference to its owner there."""
+
+    __slots__ = ("box",)
+
+    def __init__(self, owner, when):
+        super().__init__(owner, _Dropping(when, self))
+        self.box = []
+
+    def ring(self):
+        pass
+
+
+class _Dropping(float):
+    """A time that lets go of what its alarm holds when the heap is looked at by the timer thread."""
+
+    def __new__(cls, value, alarm):
+        return super().__new__(cls, value)
+
+    def __init__(self, value, alarm):
+        self.alarm = alarm
+
+    def __le__(self, other):
+        if threading.current_thread().name == "tokenscope-timer" and float(self) <= other:
+            self.alarm.box.clear()
+        return float(self) <= other
+
+
+def test_jobs_submitted_by_handlers_run():
+    """A handler that submits work in the middle of submitting finds a thread for it."""
+    submitted, ran = [], []
+
+    def submit():
+        submitted.append(1)
+        workers.submit(lambda: ran.append(1))
+
+    end = time.monotonic() + STORM / 3
+    with signals(submit):
+        while time.monotonic() < end:
+            submit()
+    until(lambda: len(ran) == len(submitted))
+
+
+def test_listeners_and_hooks_may_come_and_go_in_handlers():
+    """Subscribing in the middle of subscribing neither hangs nor loses anybody."""
+    heard, ends = [], []
+
+    def handler():
+        ends.append(events.subscribe(heard.append, events.TokenCancelled))
+        ends.append(on_thread_release(int))
+
+    end = time.monotonic() + STORM / 5
+    with signals(handler):
+        while time.monotonic() < end:
+            events.subscribe(heard.append, events.TokenCancelled, events.ScopeEnded)()
+            on_thread_release(int)()
+            with quiet():
+                for unsubscribe in ends:
+                    unsubscribe()
+                ends.clear()
+    for unsubscribe in ends:
+        unsubscribe()
+    assert not events.wants(events.TokenCancelled)

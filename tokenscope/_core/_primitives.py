@@ -6,6 +6,7 @@ Every module of the core takes its primitives from here, by attribute and at the
 
 from __future__ import annotations
 
+import _thread
 import functools
 import queue
 import threading
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MAX_WAIT", "Lock", "RLock", "Room", "SimpleQueue", "Waiter", "discard", "get_ident", "getpid", "is_owned", "start_thread"]
+__all__ = ["MAX_WAIT", "Lock", "RLock", "Room", "SimpleQueue", "Waiter", "discard", "get_ident", "getpid", "is_owned", "start_raw_thread", "start_thread"]
 
 Lock = threading.Lock
 RLock = threading.RLock
@@ -36,6 +37,15 @@ def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
     thread = threading.Thread(target=target, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def start_raw_thread(target: Callable[[Any], object], argument: object) -> None:
+    """Start a thread without the bookkeeping (and the locks) of `threading`: for finalizers.
+
+    Raises:
+        RuntimeError: The system has no thread to give, or the interpreter is ending.
+    """
+    _thread.start_new_thread(target, (argument,))
 
 
 def is_owned(lock: Any) -> bool:
@@ -138,7 +148,10 @@ class Room:
     def settle(self) -> None:
         """Do what was put off."""
         while self.inbox and not self.busy_here():
-            step = self.inbox[0]
+            try:
+                step = self.inbox[0]
+            except IndexError:
+                return  # another thread was faster
             try:
                 with self.enter(): afterwards = step()
                 if afterwards is not None:

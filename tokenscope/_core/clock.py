@@ -21,6 +21,8 @@ def validate_timeout(value: object, name: str = "timeout") -> float | None:
     """
     if value is None:
         return None
+    if type(value) is float and 0.0 <= value < math.inf:  # the common case, quickly
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -139,8 +138,7 @@ class ScopeMap(Generic[T]):
         # A finalizer may run in the middle of anything, so it takes no lock of a tree: a worker does it.
         unfinished = [task for task in getattr(self, "_tasks", ()) if not task.done()]
         if unfinished:
-            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
-                workers.submit(functools.partial(_cancel_all, unfinished))
+            workers.submit_from_finalizer(functools.partial(_cancel_all, unfinished))
 
 
 def _cancel_all(tasks: list[Task[Any]]) -> None:

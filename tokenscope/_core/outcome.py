@@ -64,6 +64,9 @@ class Verdict:
     absorbed: bool = False
 
 
+_SUCCEEDED = Verdict("succeeded")
+
+
 def decide(ending: Ending) -> Verdict:
     """Apply the rules. Adds notes to the error that it picks. May be applied again when more has happened."""
     verdict = foresee(ending)
@@ -74,6 +77,8 @@ def decide(ending: Ending) -> Verdict:
 
 def foresee(ending: Ending) -> Verdict:
     """The verdict as things stand, without notes: what cleanups are told."""
+    if ending.body is None and ending.cut is None and ending.interrupt is None and not ending.failures:
+        return _SUCCEEDED
     ending.body = _without_cancels(ending.body, ending.cut)
     interrupt = ending.interrupt or (ending.body if isinstance(ending.body, INTERRUPTS) else None)
     if interrupt is not None:

@@ -22,7 +22,6 @@ that ``with`` has not been left for.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -44,7 +43,7 @@ from tokenscope._core.task import Task
 from tokenscope._core.token import (
     CancellationToken,
     attach,
-    become_boundary,
+    boundary_below,
     cancel_because_of,
     cut_short,
     detach,
@@ -67,6 +66,7 @@ T = TypeVar("T")
 OnError = Literal["cancel", "collect"]
 OnStraggler = Literal["wait", "abandon", "interrupt"]
 _numbers = itertools.count(1)
+_making = _primitives.Room()  # for what a scope makes when it is first needed; a leaf, but for factories of upper floors
 
 
 class ThreadScope:
@@ -91,6 +91,24 @@ class ThreadScope:
         NotImplementedError: ``on_straggler="interrupt"``, which does not exist yet.
     """
 
+    # Most scopes of a busy server live for microseconds and never spawn, defer or fail: what only the others need is made when it
+    # is needed.
+    _token: CancellationToken | None = None  # set on entering
+    _crew: Crew | None = None  # the children; made with the first one, under `_making`
+    _cleanups: CleanupStack | None = None  # made with the first one, under `_making`
+    _extensions: dict[Hashable, Any] | None = None  # made with the first one, under `_making`
+    _before: tuple[object, object] = (None, None)  # what was ambient
+    _opened = 0.0  # monotonic
+    _ended = 0.0  # monotonic
+    _ending: Ending | None = None  # set when leaving begins
+    _closed = False  # no child lives, and none can be spawned; set under `_making` or by the crew
+    _word: str | None = None  # the outcome, when it has ended
+    _stragglers: dict[str, str] | None = None  # those seen, with their stacks
+    _looks = 0  # how often stragglers were looked at
+    _report: ScopeReport | None = None  # made when it is asked for
+    #: Whether the scope's own ``cancel()`` cut its work short and ended here.
+    cancelled_caught = False
+
     def __init__(
         self,
         *,
@@ -106,40 +124,22 @@ class ThreadScope:
         _check_settings(name, token, max_threads, on_error, on_straggler)
         self.name = name if name is not None else f"scope-{next(_numbers)}"
         self._explicit = token
-        self._timeout = clock.validate_timeout(timeout)
+        self._timeout = timeout if timeout is None else clock.validate_timeout(timeout)
         self._max_threads = max_threads
         self._on_error = on_error
         self._cleanup_timeout = clock.validate_timeout(cleanup_timeout, "cleanup_timeout")
         self._grace = _validate_grace(grace)
         self._on_straggler = on_straggler
-        self._cleanups = CleanupStack(self.name)
+        self._pid = os.getpid()
         # Weakly: a map that its user dropped cancels what it has in flight, and needs nothing more.
         self._maps: list[weakref.ref[ScopeMap[Any]]] = []
-        self._extensions: dict[Hashable, Any] = {}
-        self._extensions_guard = _primitives.RLock()  # held while a factory of an upper floor runs
-        self._token: CancellationToken | None = None  # set on entering
-        self._crew: Crew | None = None  # set on entering
-        self._before: tuple[object, object] = (None, None)  # what was ambient
-        self._opened = 0.0
-        self._pid = os.getpid()
-        self._ending: Ending | None = None  # set when leaving begins
-        self._cleaned = False
-        self._stragglers: dict[str, str] = {}
-        self._looks = 0  # how often stragglers were looked at
-        self._report: ScopeReport | None = None  # set when it has ended
-        #: Whether the scope's own ``cancel()`` cut its work short and ended here.
-        self.cancelled_caught = False
 
     # --- entering -----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         if self._token is not None:
             raise RuntimeError(f"scope {self.name!r} was entered before; a scope is used once, make a new ThreadScope")
-        token = effective_token(self._explicit).child(timeout=self._timeout, name=self.name)
-        become_boundary(token)
-        self._crew = Crew(
-            self, self.name, token, self._max_threads, self._cleanup_timeout, _failing_child_cancels(self)
-        )
+        token = boundary_below(effective_token(self._explicit), self._timeout, self.name)
         self._token = token
         self._opened = clock.now()
         self._before = ambient.token_var.get(), ambient.owner_var.get()
@@ -166,9 +166,30 @@ class ThreadScope:
         return self
 
     def _children(self) -> Crew:
-        if self._crew is None:
+        crew = self._crew
+        if crew is None:
+            with _making.enter(): self._make_crew_locked()
+            crew = self._crew
+            assert crew is not None
+        return crew
+
+    def _make_crew_locked(self) -> None:
+        if self._token is None:
             raise RuntimeError(f"scope {self.name!r} is not open: use `with ThreadScope() as scope:`")
-        return self._crew
+        if self._crew is None:
+            on_failure = _failing_child_cancels(self)
+            crew = Crew(self, self.name, self._token, self._max_threads, self._cleanup_timeout, on_failure)
+            crew.closed = self._closed
+            self._crew = crew
+
+    def _cleaner(self) -> CleanupStack:
+        with _making.enter(): self._make_cleanups_locked()
+        assert self._cleanups is not None
+        return self._cleanups
+
+    def _make_cleanups_locked(self) -> None:
+        if self._cleanups is None:
+            self._cleanups = CleanupStack(self.name)
 
     # --- working ------------------------------------------------------------------------------------------------
 
@@ -257,7 +278,7 @@ class ThreadScope:
             ScopeClosed: The scope has ended.
         """
         self._refuse_if_ended("defer() into")
-        self._cleanups.push(fn, args, kwargs)
+        self._cleaner().push(fn, args, kwargs)
 
     def enter_context(self, manager: AbstractContextManager[T]) -> T:
         """Enter ``manager`` now and leave it with the cleanups; it receives the scope's outcome as its exception.
@@ -269,12 +290,13 @@ class ThreadScope:
             ScopeClosed: The scope has ended.
         """
         self._refuse_if_ended("enter_context() into")
-        value: T = self._cleanups.enter(manager)
+        value: T = self._cleaner().enter(manager)
         return value
 
     def _refuse_if_ended(self, what: str) -> None:
-        self._children()
-        if self._report is not None:
+        if self._token is None:
+            raise RuntimeError(f"scope {self.name!r} is not open: use `with ThreadScope() as scope:`")
+        if self._word is not None:
             raise ScopeClosed(f"{what} scope {self.name!r}, which has ended")
 
     def cancel(
@@ -285,7 +307,9 @@ class ThreadScope:
 
     def extension(self, key: Hashable, factory: Callable[[], T]) -> T:
         """What an upper floor keeps with this scope under ``key``; made by ``factory()`` the first time."""
-        with self._extensions_guard:
+        with _making.enter():
+            if self._extensions is None:
+                self._extensions = {}
             if key not in self._extensions:
                 self._extensions[key] = factory()
             value: T = self._extensions[key]
@@ -307,27 +331,40 @@ class ThreadScope:
             return verdict.absorbed
         raise verdict.error
 
-    def _begin_leaving(self, error: BaseException | None, *, again: bool) -> tuple[Ending, Crew]:
-        if self._crew is None:
+    def _begin_leaving(self, error: BaseException | None, *, again: bool) -> Ending:
+        if self._token is None:
             raise RuntimeError(f"scope {self.name!r} was left without having been entered")
-        if self._report is not None and not again:
+        if self._word is not None and not again:
             raise RuntimeError(f"scope {self.name!r} was left before; a scope is used once")
         if self._ending is None:
             self._ending = Ending(self.name, body=error)
-        return self._ending, self._crew
+        return self._ending
 
     def _leave(self, error: BaseException | None, interrupt: BaseException | None) -> Verdict:
         """All steps; each does what is left of it. ``interrupt`` is what cut the last attempt off."""
-        ending, crew = self._begin_leaving(error, again=interrupt is not None)
+        ending = self._begin_leaving(error, again=interrupt is not None)
         if interrupt is not None:
-            self._interrupted(interrupt, ending, crew)
-        self._stop_children(ending.body)
-        self._join_children(crew, ending)
-        self._fix(ending, crew)
-        self._clean_up(ending, crew)
+            self._interrupted(interrupt, ending)
+        if ending.body is not None or self._maps:
+            self._stop_children(ending.body)
+        if not self._never_had_children():
+            self._join_children(self._children(), ending)
+        self._fix(ending)
+        if self._cleanups is not None:
+            self._clean_up(self._cleanups, ending)
         verdict = decide(ending)
-        self._end(ending, crew, verdict)
+        self._end(ending, verdict)
         return verdict
+
+    def _never_had_children(self) -> bool:
+        """Whether nothing was ever spawned; then nothing can be any more."""
+        if self._crew is None:
+            with _making.enter(): self._close_locked()
+        return self._crew is None
+
+    def _close_locked(self) -> None:
+        if self._crew is None:
+            self._closed = True
 
     def _stop_children(self, error: BaseException | None) -> None:
         for mapping in self._open_maps():
@@ -348,7 +385,7 @@ class ThreadScope:
             if self._look_is_due() and not crew.idle():
                 self._look_at_stragglers(crew, ending)
         for mapping in self._open_maps():
-            self._cleanups.push(mapping.close_source, (), {})  # idempotent; it runs users' code, and may fail as any cleanup
+            self._cleaner().push(mapping.close_source, (), {})  # idempotent; it runs users' code, and may fail
 
     def _open_maps(self) -> list[ScopeMap[Any]]:
         return [mapping for link in self._maps if (mapping := link()) is not None]
@@ -367,6 +404,7 @@ class ThreadScope:
             self._looks += 1
         cut = self.token._cut
         waited = clock.now() - cut.when if cut is not None else 0.0
+        self._stragglers = self._stragglers or {}
         for task in crew.lingering():
             self._stragglers[task.name] = task.stack()
             events.emit(events.StragglerSeen(self.name, task.name, waited, self._stragglers[task.name]))
@@ -381,26 +419,27 @@ class ThreadScope:
         ending.failures.append(Failure("stragglers", left))
         events.emit(events.Orphaned(self.name, stacks))
 
-    def _interrupted(self, interrupt: BaseException, ending: Ending, crew: Crew) -> None:
+    def _interrupted(self, interrupt: BaseException, ending: Ending) -> None:
         """Ctrl-C while leaving: the first one cancels and leaving goes on, a second one gives the children up."""
         if ending.interrupt is None and not isinstance(ending.body, KeyboardInterrupt):
             ending.interrupt = interrupt
             self.token.cancel("interrupted by the user", kind=CancelKind.INTERRUPTED)
         else:
             ending.interrupt = ending.interrupt or interrupt
-            self._abandon(crew, ending)
+            self._abandon(self._children(), ending)
 
-    def _fix(self, ending: Ending, crew: Crew) -> None:
+    def _fix(self, ending: Ending) -> None:
         """What is known now decides what the cleanups are told."""
         cut = self.token._cut
         ending.cut = cut
         ending.own = cut is not None and cut.origin() is self.token
         ending.cut_short = cut is not None and (cut_short(self.token) or is_cut_of(ending.body, cut))
-        known = {id(failure) for failure in ending.failures}
-        ending.failures[:0] = [failure for failure in crew.failures if id(failure) not in known]
+        if self._crew is not None:
+            known = {id(failure) for failure in ending.failures}
+            ending.failures[:0] = [failure for failure in self._crew.failures if id(failure) not in known]
 
-    def _clean_up(self, ending: Ending, crew: Crew) -> None:
-        errors = self._cleanups.run(_outcome_for_cleanups(ending), self._cleanup_timeout)
+    def _clean_up(self, cleanups: CleanupStack, ending: Ending) -> None:
+        errors = cleanups.run(_outcome_for_cleanups(ending), self._cleanup_timeout)
         known = {id(failure.error) for failure in ending.failures}
         for error in errors:
             if isinstance(error, INTERRUPTS):
@@ -408,15 +447,18 @@ class ThreadScope:
             elif id(error) not in known:
                 ending.failures.append(Failure("cleanup", error))
 
-    def _end(self, ending: Ending, crew: Crew, verdict: Verdict) -> None:
-        self._report = self._make_report(ending, crew, verdict.word)
+    def _end(self, ending: Ending, verdict: Verdict) -> None:
+        self._ended = clock.now()
+        self._word = verdict.word
         self.cancelled_caught = verdict.absorbed
+        if self._crew is not None and self._crew.orphans:
+            self._report = self._make_report(ending, self._crew)  # now: they may end later
         retire(self.token)
         ambient.put_back(ambient.token_var, self._token, self._before[0])
         ambient.put_back(ambient.owner_var, self, self._before[1])
         self._before = None, None
         if events.wants(events.ScopeEnded):
-            events.emit(events.ScopeEnded(self.name, self._report))
+            events.emit(events.ScopeEnded(self.name, self.report))
 
     # --- telling ------------------------------------------------------------------------------------------------
 
@@ -425,23 +467,26 @@ class ThreadScope:
         """What happened; final when the scope has been left, of the moment before that."""
         if self._report is not None:
             return self._report
-        return self._make_report(self._ending or Ending(self.name), self._children(), "running")
+        report = self._make_report(self._ending or Ending(self.name), self._children())
+        if self._word is not None:
+            self._report = report
+        return report
 
-    def _make_report(self, ending: Ending, crew: Crew, word: str) -> ScopeReport:
+    def _make_report(self, ending: Ending, crew: Crew) -> ScopeReport:
         cut = self.token._cut
         errors = [failure.error for failure in ending.failures or crew.failures]
         if ending.body is not None and not is_cut_of(ending.body, cut):
             errors.insert(0, ending.body)
         return ScopeReport(
             name=self.name,
-            outcome=word,
+            outcome=self._word or "running",
             reason=self.token.reason,
             tasks=crew.task_counts(),
             errors=tuple({id(error): error for error in errors}.values()),
-            stragglers=dict(self._stragglers),
+            stragglers=dict(self._stragglers or {}),
             orphans=tuple(crew.given_up),
             late_events=dict(crew.late_events),
-            duration=clock.now() - self._opened,
+            duration=(self._ended or clock.now()) - self._opened,
             stop_duration=None if cut is None else max(0.0, crew.last_end - cut.when),
             post_cancel_work=crew.late_work,
         )
@@ -458,7 +503,7 @@ class ThreadScope:
     def _state(self) -> str:
         if self._token is None:
             return "new"
-        if self._report is not None:
+        if self._word is not None:
             return "ended"
         return "open" if self._ending is None else "leaving"
 
@@ -467,13 +512,12 @@ class ThreadScope:
 
     def __del__(self) -> None:
         # Entered, never left (an interrupt can fall between the body and __exit__): its children must not run on unnoticed.
-        crew = getattr(self, "_crew", None)
-        if crew is None or self._report is not None or self._pid != os.getpid():
+        token = self._token
+        if token is None or self._word is not None or self._pid != os.getpid():
             return
         warnings.warn(f"{self!r} was dropped without being left; its children are cancelled", ResourceWarning, source=self)
-        cancel = functools.partial(crew.token.cancel, "the scope was dropped", kind=CancelKind.SCOPE_ENDED)
-        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
-            workers.submit(cancel)  # a finalizer takes no lock of a tree
+        cancel = functools.partial(token.cancel, "the scope was dropped", kind=CancelKind.SCOPE_ENDED)
+        workers.submit_from_finalizer(cancel)
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------

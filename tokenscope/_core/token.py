@@ -39,6 +39,7 @@ __all__ = [
     "Wakeup",
     "attach",
     "become_boundary",
+    "boundary_below",
     "cancel_because_of",
     "cancel_from_library",
     "cut_short",
@@ -430,6 +431,14 @@ def cancel_because_of(
 def become_boundary(token: CancellationToken) -> None:
     """Have ``token`` learn from now on whether its cancel cut work short."""
     token._tree.run(token._tree.become_boundary_locked, token)
+
+
+def boundary_below(parent: CancellationToken, timeout: float | None, name: str) -> CancellationToken:
+    """A new child that is a boundary from the beginning."""
+    token = parent.child(timeout=timeout, name=name)
+    if token._more is None:
+        token._more = Extras()  # without the lock: nobody else has the token yet, and the walk of a cancel only reads
+    return token
 
 
 def retire(token: CancellationToken) -> None:

@@ -27,6 +27,7 @@ Fork: a child starts with an empty queue and no workers. Interpreter exit: the t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -205,6 +206,18 @@ class Workers(_primitives.Room):
 
 workers = Workers()
 submit = workers.submit
+
+
+
+def submit_from_finalizer(fn: Callable[[], object]) -> None:
+    """Run ``fn`` on a thread, soon; for ``__del__``, which may run in the middle of anything.
+
+    `submit` may have to start a thread, and ``Thread.start`` takes the lock that ``threading.enumerate`` holds: a finalizer that
+    runs inside of that would wait for itself. A raw thread takes no lock. At interpreter exit nothing is done.
+    """
+    with contextlib.suppress(RuntimeError):
+        _primitives.start_raw_thread(submit, fn)
+
 
 _hooks_room = _primitives.Room()  # for the replacement of the tuple; readers take no lock
 _hooks: tuple[Callable[[], object], ...] = ()

@@ -128,9 +128,7 @@ def test_done_callbacks_run_once_for_every_end(four_ends):
     until(lambda: len(called) == 4)
     for task in tasks:
         task.add_done_callback(lambda t: called.append(("after", t)))
-    assert sorted(called, key=str) == sorted(
-        [(when, task) for when in ("before", "after") for task in tasks], key=str
-    )
+    assert sorted(called, key=str) == sorted([(when, task) for when in ("before", "after") for task in tasks], key=str)
 
 
 def test_the_states_of_a_task_that_is_cancelled():

@@ -293,8 +293,15 @@ class Scheduler:
             self.pause()
             return actor.thread
 
+        def is_held(lock: Any) -> bool:
+            return lock.locked()
+
+        def start_raw_thread(target: Callable[[Any], object], argument: object) -> None:
+            start_thread(lambda: target(argument), "raw")
+
         patches = {"Lock": lambda: Lock(self), "RLock": lambda: RLock(self), "SimpleQueue": lambda: SimpleQueue(self)}
-        with mock.patch.multiple(_primitives, start_thread=start_thread, **patches), still_gc():
+        patches |= {"is_held": is_held, "start_thread": start_thread, "start_raw_thread": start_raw_thread}
+        with mock.patch.multiple(_primitives, **patches), still_gc():
             crew = workers.Workers()
             with (
                 mock.patch.object(clock, "now", lambda: self.time),

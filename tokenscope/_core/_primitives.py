@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import functools
 import queue
+import sys
 import threading
 from collections import deque
 from os import getpid
@@ -16,9 +17,10 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
-__all__ = ["MAX_WAIT", "Lock", "RLock", "Room", "SimpleQueue", "Waiter", "discard", "get_ident", "getpid", "is_owned", "start_raw_thread", "start_thread"]
+__all__ = ["MAX_WAIT", "Lock", "RLock", "Room", "SimpleQueue", "Waiter", "discard", "get_ident", "getpid", "is_held", "is_owned", "is_section", "stack_here", "start_raw_thread", "start_thread"]
 
 Lock = threading.Lock
 RLock = threading.RLock
@@ -55,6 +57,32 @@ def is_owned(lock: Any) -> bool:
     of our own beside the lock could be left stale by a KeyboardInterrupt.
     """
     return bool(lock._is_owned())
+
+
+def is_held(lock: Any) -> bool:
+    """Tell whether any thread holds the re-entrant ``lock``."""
+    if _KNOWS_LOCKED:
+        return bool(lock.locked())
+    return repr(lock).startswith("<locked")  # all there is before Python 3.14
+
+
+_KNOWS_LOCKED = hasattr(RLock(), "locked")
+
+
+def stack_here() -> Iterator[FrameType]:
+    """The frames of this thread, innermost first.
+
+    A stack cannot be left stale by an interrupt, as a counter of ours could.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def is_section(frame: FrameType) -> bool:
+    """Whether the frame is a locked section of the library's: those are called ``..._locked``, all of them."""
+    return frame.f_code.co_name.endswith("_locked") and str(frame.f_globals.get("__name__", "")).startswith("tokenscope.")
 
 
 def discard(pile: Any, item: object) -> None:
@@ -133,6 +161,8 @@ class Room:
         """
         if self.busy_here():
             self.inbox.append(functools.partial(step, *args))
+            if not self.busy_here():
+                self.settle()  # it was another thread that held the lock, and it may have looked just before
             return False
         with self.enter(): afterwards = step(*args)
         if afterwards is not None:

@@ -295,7 +295,7 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         """End a task that no thread has taken; nothing if one has."""
         # On one line: an interrupt between taking the call and saying so would leave the task in neither state.
         try:
-            self._end = self._end or (self._call.pop() and (NEVER_STARTED, None))
+            self._end = self._end or (self._call.pop(), (NEVER_STARTED, None))[1]
         except IndexError:
             pass  # one has
         cut = self.token._cut

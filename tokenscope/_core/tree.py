@@ -39,8 +39,10 @@ the ``work`` pile. Registrations' gates are taken with no lock held. No user cod
 the gate and the baton, and nobody *waits* for a baton; waiting for a gate is `Registration.close`, which does not wait where this
 thread itself runs a callback or is inside a locked section. Hence no cycle of waiting threads.
 
-Re-entry: an operation that arrives while this thread is inside the same tree's lock (a signal handler) is put in ``inbox`` and done by
-the interrupted operation before it returns. Finalizers are C functions that append to a list.
+Re-entry: an operation that arrives while this thread is inside the same tree's lock (a signal handler, a user's finalizer) is put in
+``inbox`` and done by the interrupted operation before it returns. So it is if this thread is inside of any other section, and the tree's lock is
+held: then its holder does it (`Tree.busy_here` says why that ends every circle). Whoever leaves a section looks into the inbox.
+Our own finalizers are C functions that append to a list.
 
 Fork: the child gets a fresh lock; registrations, waiters and callbacks of the parent process are dropped, flags stay.
 """
@@ -49,7 +51,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 import weakref
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -131,6 +132,17 @@ class Tree(_primitives.Room):
     # --- what was put off ---------------------------------------------------------------------------------------
 
     @override
+    def busy_here(self) -> bool:
+        """Whether this thread must not wait for the lock now: it is inside, or inside of another section while this lock is held.
+
+        The latter is a signal handler or a finalizer of the user's. If each of two threads waited for the lock that the other's
+        interrupted section holds, they would wait for ever. The lock may be taken by another thread right after this look; a circle
+        still cannot form: who holds a lock of the circle looked at the next one after it had got its own, so the last one to
+        look has found it held. (`CancellationToken.child` does not look; a circle of nothing but finalizers that make children can.)
+        """
+        return super().busy_here() or (_primitives.is_held(self.lock) and self.pid == _primitives.getpid() and _inside_a_section())
+
+    @override
     def has_leftovers(self) -> bool:
         return bool(self.inbox or self.unfinished)
 
@@ -143,8 +155,8 @@ class Tree(_primitives.Room):
                 if cut.baton.acquire(blocking=False): cut.finish_for_another()
             if self.unfinished and not self.busy_here():
                 with self.enter(): self._sweep_locked()
-            if not self.inbox or self.busy_here():
-                return  # else a signal handler came in the middle of the sweep
+            if self.busy_here() or not (self.inbox or any(cut.can_go_on() for cut in self.unfinished)):
+                return  # else somebody came in the middle of the sweep, or was in the way when this thread could not wait
 
     def _sweep_locked(self) -> None:
         self.unfinished[:] = [cut for cut in self.unfinished if not cut.finished]
@@ -382,6 +394,12 @@ class Cut:
         self.carry_out()
         return True
 
+    def can_go_on(self) -> bool:
+        """Whether it is unfinished, nobody is at it, and nothing is in the way of this thread."""
+        if self.finished or self.baton.locked():
+            return False
+        return not any(token._tree.busy_here() for token in self.work[-1:])
+
     def finish_for_another(self) -> None:
         """Carry out what somebody else could not; the caller has just acquired the baton."""
         try:
@@ -418,7 +436,8 @@ class Cut:
             tree = top[0]._tree
             if tree.busy_here():
                 tree.inbox.append(functools.partial(self._resume_later, tree))
-                return False
+                if tree.busy_here():
+                    return False
             with tree.enter(): tree.mark_locked(self)
             if tree.inbox:
                 tree.settle()  # a signal handler came in between; nobody else would look into this tree
@@ -603,20 +622,9 @@ _RUNS_CALLBACKS: CodeType = Registration.run_here.__code__
 
 
 def _must_not_wait() -> bool:
-    """Whether this thread runs a cancel callback or is inside a locked section: look down its stack.
-
-    A stack cannot be left stale by an interrupt, as a counter could, and it is only looked at when there is
-    something to wait for.
-    """
-    frame = sys._getframe(1)
-    here: Any = frame
-    while here is not None:
-        code = here.f_code
-        if code is _RUNS_CALLBACKS or (code.co_name.endswith("_locked") and _is_ours(here.f_globals)):
-            return True
-        here = here.f_back
-    return False
+    """Whether this thread runs a cancel callback or is inside a locked section."""
+    return any(frame.f_code is _RUNS_CALLBACKS or _primitives.is_section(frame) for frame in _primitives.stack_here())
 
 
-def _is_ours(module: dict[str, Any]) -> bool:
-    return str(module.get("__name__", "")).startswith("tokenscope.")
+def _inside_a_section() -> bool:
+    return any(_primitives.is_section(frame) for frame in _primitives.stack_here())

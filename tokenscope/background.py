@@ -28,8 +28,9 @@ class BackgroundFull(TokenScopeError):
 class BackgroundScope:
     """Owns work that is not the request's. Make one per process and close it at shutdown.
 
-    Context variables are copied into each task, the request's token and scope are not: a hang-up does not reach it. A failing task is
-    logged and told as an event; it stops nobody else. Thread-safe. Also a context manager, which closes it.
+    Context variables are copied into each task, the request's token and scope are not: a hang-up does not reach it. A
+    failing task is logged and told as an event; it stops nobody else. Thread-safe. Also a context manager, which
+    closes it.
 
     Args:
         capacity: Tasks that may wait for a thread; one more is refused.
@@ -67,7 +68,9 @@ class BackgroundScope:
     def spawn(
         self, fn: Callable[..., T], /, *args: Any, name: str | None = None, kind: str | None = None, **kwargs: Any
     ) -> Task[T]:
-        """Run ``fn(*args, **kwargs)`` on a thread of this scope. Never blocks, and is no checkpoint of the caller's token.
+        """Run ``fn(*args, **kwargs)`` on a thread of this scope.
+
+        Never blocks, and is no checkpoint of the caller's token.
 
         Raises:
             BackgroundFull: ``capacity`` tasks are waiting.

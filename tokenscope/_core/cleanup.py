@@ -22,7 +22,10 @@ __all__ = ["CleanupStack", "stack_of"]
 
 
 class Cleanup:
-    """One thing to do at the end. Like a registration, it is taken and called in one step, with no line of ours in between."""
+    """One thing to do at the end.
+
+    Like a registration, it is taken and called in one step, with no line of ours in between.
+    """
 
     __slots__ = ("name", "once", "wants_outcome")
 
@@ -84,8 +87,8 @@ class CleanupStack:
     def run(self, outcome: BaseException | None, timeout: float | None) -> list[BaseException]:
         """Run what is left, newest first, with ``timeout`` seconds for all; returns what they raised.
 
-        After that time the rest still run, with a cancelled token, and the one that overran is told with its stack. Cut off by an interrupt
-        it may be called again; each cleanup is called once.
+        After that time the rest still run, with a cancelled token, and the one that overran is told with its stack.
+        Cut off by an interrupt it may be called again; each cleanup is called once.
         """
         self._leave_shield()
         if self.items:
@@ -130,7 +133,10 @@ class CleanupStack:
 
 
 def _as_failure(error: BaseException, token: CancellationToken, name: str) -> BaseException:
-    """A cleanup that was cut short has failed; a `Cancelled` of whatever token must not look like one of the owner's."""
+    """A cleanup that was cut short has failed.
+
+    A `Cancelled` of whatever token must not look like one of the owner's.
+    """
     if not isinstance(error, Cancelled):
         return error
     failure: Exception = TaskCancelled(f"cleanup {name} met a cancel", error.reason)

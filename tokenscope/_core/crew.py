@@ -1,13 +1,13 @@
-"""The children of one scope: who is queued, who lives, how they ended. Knows nothing of bodies and outcomes.
+r"""The children of one scope: who is queued, who lives, how they ended. Knows nothing of bodies and outcomes.
 
 ::
 
     admit -> ready --(room under max_threads)--> sent to a worker -> ... -> ended
-                \\--(cancelled while queued)----> dying ------------------> ended
+                \--(cancelled while queued)----> dying ------------------> ended
 
 Invariants
-    1. A task is in ``live`` from `admit` to `ended`; in ``ready`` until a worker has been asked to run it. At most ``max_threads`` are
-       in ``sent``.
+    1. A task is in ``live`` from `admit` to `ended`; in ``ready`` until a worker has been asked to run it. At most
+       ``max_threads`` are in ``sent``.
     2. ``closed`` is set under the lock together with the observation that nothing is live or ready: no task can
        slip in after the scope has ended.
     3. In `ended`: the outcome is recorded, then the owner is told (it may cancel siblings), then ``live`` shrinks, then
@@ -42,7 +42,10 @@ __all__ = ["Crew"]
 
 
 class Crew(_primitives.Room):
-    """See the module's head. ``on_failure(task, error)`` is called on the failing child's thread, before it counts as ended."""
+    """See the module's head.
+
+    ``on_failure(task, error)`` is called on the failing child's thread, before it counts as ended.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -179,7 +182,8 @@ class Crew(_primitives.Room):
     def ended(self, task: Task[Any]) -> None:
         """A task has ended; called by the task. Publish, tell the owner of a failure, let it go: in this order.
 
-        Whatever users' code raises meanwhile (a done-callback, a cancel callback that calls ``sys.exit``), all is done before it goes on.
+        Whatever users' code raises meanwhile (a done-callback, a cancel callback that calls ``sys.exit``), all is done
+        before it goes on.
         """
         interrupt: BaseException | None = None
         if task._made is not None:
@@ -218,7 +222,10 @@ class Crew(_primitives.Room):
             self.on_failure(task, error)
 
     def _record_locked(self, task: Task[Any]) -> None:
-        """Count it; and where nobody needs to be told anything outside of the lock, publish it and let it go in one step."""
+        """Count it.
+
+        And where nobody needs to be told anything outside of the lock, publish it and let it go in one step.
+        """
         if task not in self.live or task._end is None:
             return
         quick = task.publish_locked() or task.done()

@@ -25,9 +25,9 @@ T = TypeVar("T")
 class ScopeMap(Generic[T]):
     """An iterator over results, and a context manager. Made by `ThreadScope.map`; to be used by one thread.
 
-    It pulls an item from its source only when fewer than ``limit`` results are outstanding. Left unfinished it is cancelled with
-    ``scope_ended``, joined, and its source closed: on `close`, on leaving its ``with``, at the latest at the end of the scope.
-    Being garbage collected only cancels.
+    It pulls an item from its source only when fewer than ``limit`` results are outstanding. Left unfinished it is
+    cancelled with ``scope_ended``, joined, and its source closed: on `close`, on leaving its ``with``, at the latest
+    at the end of the scope. Being garbage collected only cancels.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ class ScopeReport:
         return {
             "name": self.name,
             "outcome": self.outcome,
-            "reason": None if reason is None else {"kind": str(reason.kind), "tag": reason.tag, "source": reason.source},
+            "reason": reason and {"kind": str(reason.kind), "tag": reason.tag, "source": reason.source},
             "tasks": {slot: getattr(self.tasks, slot) for slot in TaskCounts.__slots__},
             "errors": [repr(error) for error in self.errors],
             "effects": [str(effect) for effect in self.effects],

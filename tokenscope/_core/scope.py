@@ -1,23 +1,25 @@
-"""A lexical owner of threads: nothing that was started in it outlives it unnoticed.
+r"""A lexical owner of threads: nothing that was started in it outlives it unnoticed.
 
 States::
 
     new --enter--> open --leave--> joining --(nothing lives)--> cleaning --> ended
-                                      \\--(gave up waiting)-------/
+                                      \--(gave up waiting)-------/
 
-How a scope is left, in order: children stopped if the body failed -> children joined -> outcome fixed -> cleanups, newest
-first -> report -> outcome raised. ``crew.py`` holds the children, ``cleanup.py`` the cleanups, ``outcome.py`` the rules.
+How a scope is left, in order: children stopped if the body failed -> children joined -> outcome fixed -> cleanups,
+newest first -> report -> outcome raised. ``crew.py`` holds the children, ``cleanup.py`` the cleanups, ``outcome.py``
+the rules.
 
 Invariants
-    1. Spawning is possible until nothing lives any more; that moment and the end of spawning are one locked step (`Crew.close_if_idle`).
+    1. Spawning is possible until nothing lives any more; that moment and the end of spawning are one locked step
+       (`Crew.close_if_idle`).
     2. Each step of leaving looks at what is left to do, so it may be cut off by an interrupt and done again: the first
        KeyboardInterrupt cancels with ``interrupted`` and goes on joining, the second one abandons the children.
     3. Waiting in `__exit__` is not a checkpoint: a cancelled scope still joins its children.
     4. What was ambient before is put back only where it is still ours, on whichever thread the scope is left.
 
-Lock order: none of its own; see ``crew.py`` and ``tree.py``. No lock is held while it waits, cancels, or runs user code.
-After a fork the crew is empty: the child leaves an inherited scope without joining anything. At interpreter exit nothing is waited for
-that ``with`` has not been left for.
+Lock order: none of its own; see ``crew.py`` and ``tree.py``. No lock is held while it waits, cancels, or runs user
+code. After a fork the crew is empty: the child leaves an inherited scope without joining anything. At interpreter exit
+nothing is waited for that ``with`` has not been left for.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import itertools
 import os
 import warnings
 import weakref
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, Self, TypeVar
 
 from tokenscope._core import _primitives, ambient, clock, events, workers
@@ -53,7 +54,7 @@ from tokenscope._core.token import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -66,14 +67,14 @@ T = TypeVar("T")
 OnError = Literal["cancel", "collect"]
 OnStraggler = Literal["wait", "abandon", "interrupt"]
 _numbers = itertools.count(1)
-_making = _primitives.Room()  # for what a scope makes when it is first needed; a leaf, but for factories of upper floors
+_making = _primitives.Room()  # for what a scope makes when first needed; a leaf, but for factories of upper floors
 
 
 class ThreadScope:
-    """``with ThreadScope() as scope: scope.spawn(fn)``: joins what was spawned, cleans up in reverse order, raises one outcome.
+    """``with ThreadScope() as scope: scope.spawn(fn)``: what was spawned is joined, cleaned up and told as one outcome.
 
-    Its methods are thread-safe; it is entered and left once. A cancel of the current token (or of ``token``) reaches the body
-    and every child.
+    Its methods are thread-safe; it is entered and left once. A cancel of the current token (or of ``token``) reaches
+    the body and every child.
 
     Args:
         name: For logs, errors and the report.
@@ -84,15 +85,16 @@ class ThreadScope:
             ``"collect"``: all run on, and failures are told at the end.
         cleanup_timeout: Seconds for all cleanups together.
         grace: Seconds after a cancel before a child counts as a straggler and is told with its stack.
-        on_straggler: ``"wait"`` for ever, telling again at each doubling; or ``"abandon"`` it after ``grace`` and raise `StragglersLeft`.
+        on_straggler: ``"wait"`` for ever, telling again at each doubling; or ``"abandon"`` it after ``grace`` and
+            raise `StragglersLeft`.
 
     Raises:
         ValueError, TypeError: A bad argument, named with its value.
         NotImplementedError: ``on_straggler="interrupt"``, which does not exist yet.
     """
 
-    # Most scopes of a busy server live for microseconds and never spawn, defer or fail: what only the others need is made when it
-    # is needed.
+    # Most scopes of a busy server live for microseconds and never spawn, defer or fail: what only the others need is
+    # made when it is needed.
     _token: CancellationToken | None = None  # set on entering
     _crew: Crew | None = None  # the children; made with the first one, under `_making`
     _cleanups: CleanupStack | None = None  # made with the first one, under `_making`
@@ -157,7 +159,7 @@ class ThreadScope:
             RuntimeError: The scope has not been entered.
         """
         if self._token is None:
-            raise RuntimeError(f"scope {self.name!r} has no token before it is entered: use `with ThreadScope() as scope:`")
+            raise RuntimeError(f"scope {self.name!r} has no token before it is entered: `with ThreadScope() as scope:`")
         return self._token
 
     @property
@@ -271,7 +273,9 @@ class ThreadScope:
             expire_if_due(caller)
 
     def defer(self, fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Have ``fn(*args, **kwargs)`` called when the scope ends, after all children, newest first, out of reach of cancels.
+        """Have ``fn(*args, **kwargs)`` called when the scope ends, after all children, newest first.
+
+        It runs out of reach of cancels, within the scope's ``cleanup_timeout``.
 
         Raises:
             TypeError: ``fn`` is not callable.
@@ -300,7 +304,12 @@ class ThreadScope:
             raise ScopeClosed(f"{what} scope {self.name!r}, which has ended")
 
     def cancel(
-        self, message: str = "", *, kind: str = CancelKind.MANUAL, tag: str | None = None, cause: BaseException | None = None
+        self,
+        message: str = "",
+        *,
+        kind: str = CancelKind.MANUAL,
+        tag: str | None = None,
+        cause: BaseException | None = None,
     ) -> bool:
         """Cancel body and children; the scope absorbs it on leaving. See `CancellationToken.cancel`."""
         return self.token.cancel(message, kind=kind, tag=tag, cause=cause)
@@ -511,11 +520,13 @@ class ThreadScope:
         return f"<ThreadScope {self.name}, {self._state()}>"
 
     def __del__(self) -> None:
-        # Entered, never left (an interrupt can fall between the body and __exit__): its children must not run on unnoticed.
+        # Entered, never left (an interrupt can fall between the body and __exit__): its children must not run on
+        # unnoticed.
         token = self._token
         if token is None or self._word is not None or self._pid != os.getpid():
             return
-        warnings.warn(f"{self!r} was dropped without being left; its children are cancelled", ResourceWarning, source=self)
+        message = f"{self!r} was dropped without being left; its children are cancelled"
+        warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
         cancel = functools.partial(token.cancel, "the scope was dropped", kind=CancelKind.SCOPE_ENDED)
         workers.submit_from_finalizer(cancel)
 

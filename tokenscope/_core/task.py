@@ -6,12 +6,14 @@ States::
        |                               |                                       |
        +--(its token is cancelled)-----+------------> done <-------------------+
 
-``done`` is one of: succeeded, failed, cancelled. ``concurrent.futures``' own state stays PENDING until then (so that the public
-methods of `Future` may be used to end it), and `Future.cancelled` is True only for a task that has ended cancelled.
+``done`` is one of: succeeded, failed, cancelled. ``concurrent.futures``' own state stays PENDING until then (so that
+the public methods of `Future` may be used to end it), and `Future.cancelled` is True only for a task that has ended
+cancelled.
 
 Invariants
     1. ``_call`` is taken once: by the thread that runs the task. A task cancelled before that never runs.
-    2. The outcome is published before anybody is cancelled because of it, and before the scope counts the task as ended.
+    2. The outcome is published before anybody is cancelled because of it, and before the scope counts the task as
+       ended.
     3. `result` and `exception` never raise `Cancelled` for the task's sake, only for their caller's.
 """
 
@@ -45,14 +47,17 @@ _numbers = itertools.count(1)
 
 SUCCEEDED, FAILED, CANCELLED, NEVER_STARTED = "succeeded", "failed", "cancelled", "never_started"
 
-# The words of `Future._state`. That attribute, `_result`, `_exception`, `_condition`, `_waiters` and `_done_callbacks` are what
-# `concurrent.futures.wait` and asyncio themselves use of foreign futures; they have not changed since Python 3.2.
+# The words of `Future._state`. That attribute, `_result`, `_exception`, `_condition`, `_waiters` and `_done_callbacks`
+# are what `concurrent.futures.wait` and asyncio themselves use of foreign futures; they have not changed since Python
+# 3.2.
 _PENDING, _CANCELLED, _CANCELLED_AND_TOLD, _FINISHED = "PENDING", "CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED"
 _ENDED = frozenset((_CANCELLED, _CANCELLED_AND_TOLD, _FINISHED))
 
 
 class Task(concurrent.futures.Future[T], Generic[T]):
-    """A piece of work that a scope owns. Works with ``concurrent.futures.wait``, ``as_completed`` and ``asyncio.wrap_future``.
+    """A piece of work that a scope owns.
+
+    Works with ``concurrent.futures.wait``, ``as_completed`` and ``asyncio.wrap_future``.
 
     Made by `ThreadScope.spawn`. Thread-safe.
 
@@ -62,8 +67,8 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         token: Cancelled when the task should stop.
     """
 
-    # Instead of `Future.__init__`, which makes a Condition: that costs as much as all the rest of a trivial task, and most are
-    # never waited for one by one. It is made when somebody asks for it (`_condition`).
+    # Instead of `Future.__init__`, which makes a Condition: that costs as much as all the rest of a trivial task, and
+    # most are never waited for one by one. It is made when somebody asks for it (`_condition`).
     _state: str = _PENDING
     _result: Any = None
     _exception: BaseException | None = None
@@ -144,7 +149,12 @@ class Task(concurrent.futures.Future[T], Generic[T]):
 
     @override
     def cancel(
-        self, message: str = "", *, kind: str = CancelKind.MANUAL, tag: str | None = None, cause: BaseException | None = None
+        self,
+        message: str = "",
+        *,
+        kind: str = CancelKind.MANUAL,
+        tag: str | None = None,
+        cause: BaseException | None = None,
     ) -> bool:
         """Cancel this task alone; its siblings go on. A queued task ends at once, a running one at its next checkpoint.
 

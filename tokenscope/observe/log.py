@@ -1,7 +1,7 @@
 """Problems are logged: whatever is not raised to anybody must at least be readable.
 
-Logger ``tokenscope``. Everything that went wrong where no caller could be told is an error or a warning there; one line per
-cancelled request is an info. To silence or redirect it, configure that logger.
+Logger ``tokenscope``. Everything that went wrong where no caller could be told is an error or a warning there; one
+line per cancelled request is an info. To silence or redirect it, configure that logger.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def _log_request(event: events.RequestCancelled) -> None:
     report = event.report
     reason = report.reason
     logger.info(
-        "request cancelled: endpoint=%s status=%d reason=%s stop_ms=%.1f post_cancel_work_ms=%.1f orphans=%d late_events=%d",
+        "request cancelled: endpoint=%s status=%d reason=%s stop_ms=%.1f post_cancel_work_ms=%.1f orphans=%d"
+        " late_events=%d",
         event.endpoint,
         event.status,
         reason.kind if reason is not None else None,

@@ -21,9 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the rows, print the table; 1 if a row broke (a missed bar is no failure), else 0."""
     options = _parse(arguments)
     rows = _chosen(options.only)
-    size = Size(
-        rounds=options.rounds or (1 if options.quick else 7), quick=options.quick, cancels=options.cancels
-    )
+    size = Size(rounds=options.rounds or (1 if options.quick else 7), quick=options.quick, cancels=options.cancels)
     results = []
     for result in measure(rows, size):
         results.append(result)
@@ -37,23 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description="What tokenscope costs, beside its peers."
-    )
-    parser.add_argument(
-        "--only", action="append", metavar="ROW", help="rows whose name begins so; may be repeated"
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench", description="What tokenscope costs, beside its peers.")
+    parser.add_argument("--only", action="append", metavar="ROW", help="rows whose name begins so; may be repeated")
     parser.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds of each row (7)")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny loops and one round: does it run, not how fast"
-    )
-    parser.add_argument(
-        "--cancels", type=int, default=400, metavar="N", help="random cancels of each leak run (400)"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny loops and one round: does it run, not how fast")
+    parser.add_argument("--cancels", type=int, default=400, metavar="N", help="random cancels of each leak run (400)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
-    parser.add_argument(
-        "--list", action="version", version="\n".join(row.name for row in ROWS), help="name the rows"
-    )
+    parser.add_argument("--list", action="version", version="\n".join(row.name for row in ROWS), help="name the rows")
     options = parser.parse_args(arguments)
     for name in ("rounds", "cancels"):
         value = getattr(options, name)
@@ -84,9 +72,7 @@ def _about(size: Size) -> dict[str, Any]:
 
 
 def _write(file: Path, about: dict[str, Any], results: list[Result]) -> None:
-    file.write_text(
-        json.dumps({"about": about, "rows": [r.as_json() for r in results]}, indent=1), encoding="utf-8"
-    )
+    file.write_text(json.dumps({"about": about, "rows": [r.as_json() for r in results]}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

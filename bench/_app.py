@@ -54,9 +54,7 @@ def work(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterabl
 def census(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Descriptors, and the threads that run something."""
     threads = [t for t in threading.enumerate() if t.name not in {"tokenscope-idle", "tokenscope-timer"}]
-    body = json.dumps(
-        {"fds": sum(1 for _ in Path("/proc/self/fd").iterdir()), "threads": len(threads)}
-    ).encode()
+    body = json.dumps({"fds": sum(1 for _ in Path("/proc/self/fd").iterdir()), "threads": len(threads)}).encode()
     start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
     return [body]
 

@@ -34,9 +34,7 @@ class Counted:
         end = time.monotonic() + GRACE
         while True:
             gc.collect()
-            self.fds, self.threads = (
-                max(0, now - before) for now, before in zip(_census(), self._before, strict=True)
-            )
+            self.fds, self.threads = (max(0, now - before) for now, before in zip(_census(), self._before, strict=True))
             if not (self.fds or self.threads) or time.monotonic() > end:
                 return
             time.sleep(0.05)

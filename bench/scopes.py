@@ -197,9 +197,7 @@ def _milliseconds_since(start: float) -> float:
 ROWS = (
     Row("spawn", "spawn and join 1,000 trivial tasks", "ms", Bar("<=", 0.8), spawn, peer="executor"),
     Row("failing-child", "one fails, 10 sleep: the scope raises, p50", "ms", Bar("<=", 2, "ms"), failing),
-    Row(
-        "sleepers", "1,000 asleep: cancel to all joined", "ms", Bar("<=", 1.3), sleepers, peer="bare threads"
-    ),
+    Row("sleepers", "1,000 asleep: cancel to all joined", "ms", Bar("<=", 1.3), sleepers, peer="bare threads"),
     Row(
         "slow-callback",
         "a 2 s callback delays another deadline",

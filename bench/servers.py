@@ -165,14 +165,10 @@ def _rows(kind: str) -> Iterator[Row]:
     what = f"{kind}: hang-up -> token cancelled, p50"
     yield Row(f"hangup-{kind}", what, "ms", Bar("<", 1, "ms"), contest(hang_up, burners=0), also=beside)
     what = f"{kind}, 2 threads computing beside it: until the view runs again, p50"
-    yield Row(
-        f"hangup-busy-{kind}", what, "ms", Bar("<", 50, "ms"), contest(hang_up, burners=2), ours="view awake"
-    )
+    yield Row(f"hangup-busy-{kind}", what, "ms", Bar("<", 50, "ms"), contest(hang_up, burners=2), ours="view awake")
     if kind != "werkzeug":  # its server closes the connection after each answer
         what = f"{kind}: the middleware on hello-world, bare WSGI"
-        yield Row(
-            f"hello-{kind}", what, "req/s", Bar(">=", 0.95), contest(hello, path="/hello"), peer="plain"
-        )
+        yield Row(f"hello-{kind}", what, "req/s", Bar(">=", 0.95), contest(hello, path="/hello"), peer="plain")
     if kind == "gthread":
         what = f"{kind}: the middleware on hello-world in Flask"
         yield Row("hello-flask", what, "req/s", Bar(">=", 0.95), contest(hello, path="/flask"), peer="plain")

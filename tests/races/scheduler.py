@@ -21,7 +21,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -307,8 +307,20 @@ class Scheduler:
                 mock.patch.object(clock, "now", lambda: self.time),
                 mock.patch.object(timer, "timer", timer.Timer()),
                 mock.patch.multiple(workers, workers=crew, submit=crew.submit),
+                fresh_rooms(),
             ):
                 yield
+
+
+@contextmanager
+def fresh_rooms() -> Iterator[None]:
+    """Make the rooms anew that modules of the core hold for the whole process."""
+    with ExitStack() as patches:
+        for name, module in list(sys.modules.items()):
+            for attribute, value in list(vars(module).items()) if name.startswith("tokenscope._core.") else ():
+                if type(value) is _primitives.Room:
+                    patches.enter_context(mock.patch.object(module, attribute, _primitives.Room()))
+        yield
 
 
 @contextmanager

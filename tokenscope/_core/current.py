@@ -239,12 +239,12 @@ def bind(fn: Callable[P, T], token: CancellationToken | None = None) -> Callable
     return bound
 
 
-_here = threading.local()  # .depth: how many `uninterruptible` this thread is in
+_here = threading.local()  # .active: the `uninterruptible` blocks that this thread is in
 
 
 def standing_back() -> bool:
     """Whether this thread must not be interrupted now (a commit, a cleanup): guards do not attach, nothing is injected."""
-    return getattr(_here, "depth", 0) > 0
+    return bool(getattr(_here, "active", None))
 
 
 class uninterruptible(Boundary):  # noqa: N801  # reads as a statement
@@ -253,19 +253,20 @@ class uninterruptible(Boundary):  # noqa: N801  # reads as a statement
     def __init__(self, timeout: float | None = None, *, move_on: bool = False) -> None:
         seconds = clock.validate_timeout(timeout)
         super().__init__(lambda: CancellationToken(timeout=seconds, name="uninterruptible"), move_on=move_on)
-        self._depth = 0
+        self._active: set[uninterruptible] = set()  # of the thread that entered it, which may not be the one that leaves it
 
     @override
     def __enter__(self) -> CancellationToken:
-        # The value is put back, not counted down: an interrupt in between leaves nothing that stays wrong.
-        self._depth = getattr(_here, "depth", 0)
+        if not hasattr(_here, "active"):
+            _here.active = set()
+        self._active = _here.active
         token = super().__enter__()
-        _here.depth = self._depth + 1
+        self._active.add(self)
         return token
 
     @override
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        _here.depth = self._depth
+        self._active.discard(self)
         return super().__exit__(kind, error, trace)

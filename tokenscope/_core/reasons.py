@@ -83,6 +83,8 @@ def _without_frames(error: BaseException) -> BaseException:
         twin = kind.__new__(kind, *error.args)
         twin.args = error.args
         twin.__dict__.update(error.__dict__)
+        if isinstance(error, OSError) and isinstance(twin, OSError):
+            twin.filename, twin.filename2 = error.filename, error.filename2  # not among its arguments
     except Exception:  # a foreign class with a constructor of its own mind
         return RuntimeError(repr(error))
     return twin

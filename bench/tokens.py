@@ -82,7 +82,7 @@ def deep_token(depth: int) -> CancellationToken:
 def check(size: Size) -> Iterator[Contest]:
     """A checkpoint on a token that is live, nanoseconds."""
     peers = Peers(cantok="cantok", cancelscope="cancelscope")
-    turns = size.of(20_000, 50)
+    turns = size.of(10_000, 50)
 
     def timed(loop: Callable[[Any, int], None], subject: object, turns: int = turns) -> Callable[[], float]:
         return per_loop(_own(loop, subject), turns, scale=1e8)
@@ -96,6 +96,7 @@ def check(size: Size) -> Iterator[Contest]:
             stack.enter_context(peers.cancelscope.CancelScope())
             others["cancelscope"] = timed(_ten_calls, peers.cancelscope.checkpoint, turns // 4 or 1)
         play = in_turn(
+            5,
             bare=timed(_ten_checks, Bare()),
             ours=timed(_ten_checks, deep_token(1)),
             deep=timed(_ten_checks, deep_token(DEEP)),
@@ -108,7 +109,7 @@ def check(size: Size) -> Iterator[Contest]:
 def child(size: Size) -> Iterator[Contest]:
     """Make a child of a live token and drop it, nanoseconds."""
     peers = Peers(cantok="cantok", cancelscope="cancelscope", trio="trio")
-    turns = size.of(50_000, 50)
+    turns = size.of(20_000, 50)
     root = CancellationToken()
 
     def ours(turns: int) -> None:
@@ -138,6 +139,7 @@ def child(size: Size) -> Iterator[Contest]:
         peers.trio.run(main)
 
     play = in_turn(
+        3,
         ours=per_loop(ours, turns),
         cantok=per_loop(cantok, turns) if peers.cantok else None,
         cancelscope=per_loop(cancelscope, turns // 4 or 1) if peers.cancelscope else None,

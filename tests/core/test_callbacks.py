@@ -10,7 +10,7 @@ import pytest
 from actors import WAIT, hearing, until
 from crowd import Runner, on_thread
 
-from tokenscope import CancellationToken, CancelKind
+from tokenscope import CancelKind, CancellationToken
 from tokenscope._core import _primitives, events
 from tokenscope._core.token import cancel_from_library
 from tokenscope._core.workers import IDLE_NAME
@@ -171,7 +171,9 @@ def test_a_callback_may_read_its_token():
     """Flag, reason and checkpoint of the token are there for its callbacks."""
     token = CancellationToken()
     seen = []
-    token.on_cancel(lambda: seen.append((token.cancelled, token.reason.message, token.wait(WAIT), token.child().cancelled)))
+    token.on_cancel(
+        lambda: seen.append((token.cancelled, token.reason.message, token.wait(WAIT), token.child().cancelled))
+    )
     token.cancel("why")
     assert seen == [(True, "why", True, True)]
 
@@ -218,7 +220,9 @@ def test_two_callbacks_may_close_each_other():
     closed = []
     registrations = []
     for me, other in ((0, 1), (1, 0)):
-        registrations.append(token.on_cancel(lambda me=me, other=other: closed.append((me, registrations[other].close()))))
+        registrations.append(
+            token.on_cancel(lambda me=me, other=other: closed.append((me, registrations[other].close())))
+        )
     token.cancel()
     assert closed == [(1, True)]
 

@@ -1,4 +1,4 @@
-"""What is current: the ambient token, the boundaries that change it for a while, and the rule by which it is put back."""
+"""What is current: the ambient token, the boundaries that change it, and the rule by which it is put back."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from crowd import Runner, on_thread
 
 import tokenscope
 from tokenscope import (
-    Cancelled,
     CancellationToken,
+    Cancelled,
     DeadlineExceeded,
     ThreadScope,
     bind,
@@ -280,14 +280,14 @@ def test_uninterruptible_ends_with_its_block_whatever_happened():
 
 
 def test_uninterruptible_ends_for_the_thread_that_entered_it():
-    """Left on another thread (a generator's close), it ends for the one that entered, and harms no block of the other's."""
+    """Left on another thread (a generator's close), it ends for the one that entered, and harms no other block."""
 
     def stream():
         with uninterruptible():
             yield standing_back()
 
     source = stream()
-    assert next(source)
+    assert contextvars.copy_context().run(next, source)
 
     def close():
         with uninterruptible():
@@ -308,8 +308,9 @@ def test_bind_takes_context_and_token_along():
     color.set("blue")
     token = CancellationToken()
     with use_token(token):
-        bound = bind(lambda x: (current_token() is token, color.get(), color.set("red"), x)[::3] + (color.get(),))
-    assert on_thread(lambda: bound(7)) == (True, 7, "red")
+        bound = bind(lambda x: (current_token() is token, color.get(), color.set("red"), x, color.get()))
+    same, seen, _, argument, after = on_thread(lambda: bound(7))
+    assert (same, seen, argument, after) == (True, "blue", 7, "red")
     assert color.get() == "blue"
     color.set("none")
 
@@ -367,7 +368,7 @@ def boundaries():
 
 @pytest.mark.parametrize("kind", boundaries())
 def test_a_boundary_around_a_yield_may_be_left_anywhere(kind):
-    """Entered by next() in one thread and context, left by close() in another: neither raises, and nothing stays current."""
+    """Entered by next() in one thread and context, left by close() in another: nothing raises or stays current."""
     make = boundaries()[kind]
 
     def stream():

@@ -66,7 +66,9 @@ class World:
         self.child = self.root.child(timeout=3600)
         self.linked = CancellationToken.linked(self.child, CancellationToken())
         self.parents_calls = []
-        self.registrations = [token.on_cancel(self.parents_calls.append, 1) for token in (self.root, self.child, self.linked)]
+        self.registrations = [
+            token.on_cancel(self.parents_calls.append, 1) for token in (self.root, self.child, self.linked)
+        ]
 
     def churn(self, stop):
         """What the parent's threads do all the time."""

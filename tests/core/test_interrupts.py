@@ -1,7 +1,8 @@
 """A KeyboardInterrupt at every line of the core: whatever was cut off is finished by whoever comes next.
 
 A tracer raises it at the first line that runs beneath an operation, then at the second, and so on until the operation
-gets through unharmed. After each, one more operation is done on the tree; then everything must be as if nothing had happened.
+gets through unharmed. After each, one more operation is done on the tree; then everything must be as if nothing had
+happened.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Interrupter:
 
 
 def at_every_line(make, operate, check):
-    """Do ``operate(make())`` with an interrupt at each of its lines in turn, and ``check`` after each; how many there were."""
+    """Do ``operate(make())`` with an interrupt at each of its lines in turn, then ``check``; how many there were."""
     line = 1
     while True:
         world = make()
@@ -133,7 +134,7 @@ def check_timer():
 
 
 def test_cancel_is_finished_whatever_line_is_interrupted():
-    """After an interrupt anywhere in cancel(), one more operation completes it: all marked, woken and called back, once."""
+    """After an interrupt anywhere in cancel(), one more operation completes it: all marked, woken, called back once."""
     lines = at_every_line(Forest, lambda forest: forest.root.cancel(), Forest.check_unharmed)
     assert lines > 100
     check_timer()

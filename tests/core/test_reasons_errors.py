@@ -14,9 +14,9 @@ import pytest
 import tokenscope
 from tokenscope import (
     BudgetExceeded,
-    Cancelled,
     CancelKind,
     CancellationToken,
+    Cancelled,
     CancelReason,
     CommitRefused,
     DeadlineExceeded,
@@ -27,6 +27,7 @@ from tokenscope import (
 )
 from tokenscope._core.current import uninterruptible
 from tokenscope._core.reasons import without_frames
+from tokenscope.testing import drain
 
 
 def raised_by(token):
@@ -218,7 +219,7 @@ DURATIONS = {
     "child(timeout=...)": lambda value: CancellationToken().child(timeout=value),
     "NEVER.child(timeout=...)": lambda value: tokenscope.current_token().child(timeout=value),
     "linked(timeout=...)": lambda value: CancellationToken.linked(CancellationToken(), timeout=value),
-    "wait(...)": lambda value: CancellationToken().wait(value),
+    "wait(...)": CancellationToken().wait,
     "wait(...) of a cancelled token": lambda value: cancelled_token().wait(value),
     "sleep(...)": tokenscope.sleep,
     "token.sleep(...)": lambda value: CancellationToken().sleep(value),
@@ -226,7 +227,7 @@ DURATIONS = {
     "move_on_after(...)": tokenscope.move_on_after,
     "shield(...)": tokenscope.shield,
     "uninterruptible(...)": uninterruptible,
-    "drain(...)": lambda value: __import__("tokenscope.testing").testing.drain(value),
+    "drain(...)": drain,
 }
 
 

@@ -39,7 +39,7 @@ def signals(handler):
 
 @contextmanager
 def quiet():
-    """No handler runs in the block. (Blocking the signal would only send it to another thread of the process.)"""
+    """Let no handler run in the block. Blocking the signal would only send it to another thread of the process."""
     _muted.append(True)
     try:
         yield

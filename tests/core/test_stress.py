@@ -12,7 +12,7 @@ import pytest
 from actors import WAIT, until
 from crowd import crowd
 
-from tokenscope import Cancelled, CancellationToken
+from tokenscope import CancellationToken, Cancelled
 
 ROUNDS = 2_000
 
@@ -28,10 +28,7 @@ def _rapid_switches():
 
 @contextmanager
 def rounds(count, *works):
-    """In each round all the functions run at once, with the round's own world; yields (world, results) when they are through.
-
-    The functions may append to ``world.out``; the loop body checks what came of it.
-    """
+    """In each round all the functions run at once on the round's own world, which the loop body checks then."""
     gate = threading.Barrier(len(works) + 1)
     box = []
 
@@ -108,9 +105,7 @@ class World:
 
 
 def test_everything_at_once():
-    """Cancel, register, close and create from eight threads: one winner, all below cancelled, each callback at most once,
-    and exactly once if it was not closed in time.
-    """
+    """Cancel, register, close, create from eight threads: one winner, all cancelled, each open callback called once."""
     works = [
         World.cancel,
         World.cancel,
@@ -172,7 +167,7 @@ def test_checkers_and_waiters_see_every_cancel():
 
 
 def test_deadlines_among_cancels():
-    """Tokens with deadlines made, cancelled and dropped by four threads: every one that was kept is cancelled in the end."""
+    """Four threads make, cancel and drop tokens with deadlines: every one that was kept is cancelled in the end."""
     kept = []
 
     def churn(seed):

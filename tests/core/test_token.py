@@ -12,7 +12,7 @@ from actors import WAIT, until
 from crowd import Runner, crowd, on_thread
 
 import tokenscope
-from tokenscope import Cancelled, CancelKind, CancellationToken, DeadlineExceeded
+from tokenscope import CancelKind, CancellationToken, Cancelled, DeadlineExceeded
 
 # --- cancelling ----------------------------------------------------------------------------------------------------
 
@@ -324,7 +324,7 @@ def test_a_boundary_absorbs_its_own_cancel():
 
 
 def test_a_boundary_turns_its_own_deadline_into_an_error():
-    """Work cut short by the token's own deadline leaves as DeadlineExceeded, which is a TimeoutError with the reason."""
+    """Work cut short by the token's own deadline leaves as DeadlineExceeded, a TimeoutError with the reason."""
     token = CancellationToken(timeout=0.005)
     with pytest.raises(DeadlineExceeded) as caught:
         with token:
@@ -437,7 +437,7 @@ def test_leaving_a_token_that_was_not_entered_is_an_error():
 
 
 def test_a_token_tells_its_name_and_state():
-    """name is what was given or something made up; repr shows name, state and time left."""
+    """Name is what was given or something made up; repr shows name, state and time left."""
     token = CancellationToken(timeout=100, name="search")
     assert token.name == "search"
     assert repr(token).startswith("<CancellationToken search, live, ")

@@ -1,11 +1,11 @@
-"""Small stories for the scheduler: each returns its actors' functions and the check that follows when all have ended."""
+"""Small stories for the scheduler: each returns its actors' functions, and the check when all have ended."""
 
 from __future__ import annotations
 
 import weakref
 
 import tokenscope
-from tokenscope import Cancelled, CancellationToken, ScopeClosed, ThreadScope
+from tokenscope import CancellationToken, Cancelled, ScopeClosed, ThreadScope
 from tokenscope._core import workers
 from tokenscope._core.token import attach, detach
 
@@ -178,10 +178,11 @@ def cancel_and_expiry():
     leaf.on_cancel(calls.append, 1)
 
     def check():
-        assert leaf.reason is root.reason is not None
+        assert root.cancelled
+        assert leaf.reason is root.reason
         assert calls == [1]
 
-    return [root.cancel, lambda: leaf.wait()], check
+    return [root.cancel, leaf.wait], check
 
 
 def expiry_and_register():
@@ -247,7 +248,7 @@ def register_and_close_below_a_link():
         assert middle._tree.pinned
         assert root._tree.pinned
         kept.pop().close()
-        assert not (leaf._tree.pinned or middle._tree.pinned or root._tree.pinned)
+        assert not any(token._tree.pinned for token in (leaf, middle, root))
 
     return [first.close, lambda: kept.append(leaf.on_cancel(int))], check
 

@@ -1,15 +1,15 @@
 """A deterministic scheduler: the core's locks, queues, threads and clock, with every switch of threads decided here.
 
 Each actor is a real thread, but only one runs at a time: it hands a baton on, and only at a *pause*: before a lock is
-taken, after it was released, at a queue, when a thread starts, and on request at every line of the core. Which actor goes
-on is a strategy's choice, so a run is a list of choices, and can be repeated:
+taken, after it was released, at a queue, when a thread starts, and on request at every line of the core. Which actor
+goes on is a strategy's choice, so a run is a list of choices, and can be repeated:
 
 * `Exhaustive` tries all schedules with at most so many preemptions, depth first;
 * `Random` flips seeded coins.
 
-Time is virtual. It passes when nobody can run, or when the strategy lets a waiting actor's time run out. A schedule in which
-the test's own actors can never go on is reported as a `Deadlock`. ``inject`` runs something in the middle of an actor, as a signal
-handler or a finalizer would, or raises a KeyboardInterrupt there.
+Time is virtual. It passes when nobody can run, or when the strategy lets a waiting actor's time run out. A schedule in
+which the test's own actors can never go on is reported as a `Deadlock`. ``inject`` runs something in the middle of an
+actor, as a signal handler or a finalizer would, or raises a KeyboardInterrupt there.
 """
 
 from __future__ import annotations
@@ -161,6 +161,9 @@ class Scheduler:
         self.stopping = False
         self.failure: BaseException | None = None
 
+    def now(self) -> float:
+        return self.time
+
     # The baton.
 
     def me(self) -> Actor | None:
@@ -304,7 +307,7 @@ class Scheduler:
         with mock.patch.multiple(_primitives, **patches), still_gc():
             crew = workers.Workers()
             with (
-                mock.patch.object(clock, "now", lambda: self.time),
+                mock.patch.object(clock, "now", self.now),
                 mock.patch.object(timer, "timer", timer.Timer()),
                 mock.patch.multiple(workers, workers=crew, submit=crew.submit),
                 fresh_rooms(),
@@ -361,9 +364,7 @@ class Lock:
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         self.scheduler.pause()
         limit = 0.0 if not blocking else None if timeout < 0 else timeout
-        if self.owner is not None and (
-            limit == 0.0 or not self.scheduler.block(lambda: self.owner is None, limit)
-        ):
+        if self.owner is not None and (limit == 0.0 or not self.scheduler.block(lambda: self.owner is None, limit)):
             return False
         self.owner = self.scheduler.me() or self
         return True
@@ -453,7 +454,7 @@ def explore(
     lines: bool = False,
     inject: Callable[[], Sequence[Inject]] = tuple,
 ) -> Outcome:
-    """Run a scenario (what makes the actors' functions, and the check that follows) until a schedule fails or none is left."""
+    """Run a scenario (it makes the actors' functions, and the check) until a schedule fails or none is left."""
     runs = 0
     while strategy.begin():
         runs += 1

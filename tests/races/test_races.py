@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import suppress
 from itertools import count
 
 import pytest
@@ -19,28 +20,28 @@ EFFORT = int(os.environ.get("TOKENSCOPE_RACES", "1"))
 @pytest.mark.parametrize("scenario", scenarios.SMALL, ids=lambda s: s.__name__)
 def test_two_preemptions(scenario):
     """Every schedule with two preemptions at locks, queues and thread starts, or the first few hundred, is sound."""
-    assert assert_safe(scenario, Exhaustive(2, 400 * EFFORT)) > 50
+    assert assert_safe(scenario, Exhaustive(2, 300 * EFFORT)) > 50
 
 
 @pytest.mark.parametrize("scenario", scenarios.SMALL, ids=lambda s: s.__name__)
 def test_one_preemption_at_any_line(scenario):
-    """A switch at any single line of the core, or the first few hundred of them, does no harm; nor do many at random."""
-    assert assert_safe(scenario, Exhaustive(1, 250 * EFFORT), lines=True) > 100
-    assert_safe(scenario, Random(60 * EFFORT), lines=True)
+    """A switch at any single line of the core, or the first few hundred, does no harm; nor do many at random."""
+    assert assert_safe(scenario, Exhaustive(1, 150 * EFFORT), lines=True) > 100
+    assert_safe(scenario, Random(40 * EFFORT), lines=True)
 
 
 @pytest.mark.parametrize("scenario", scenarios.LARGE, ids=lambda s: s.__name__)
 def test_timers_workers_and_scopes(scenario):
     """Where time passes and threads are started, random switches at locks and at lines do no harm."""
-    assert_safe(scenario, Exhaustive(1, 100 * EFFORT))
-    assert_safe(scenario, Random(150 * EFFORT))
-    assert_safe(scenario, Random(40 * EFFORT, seed=1_000), lines=True)
+    assert_safe(scenario, Exhaustive(1, 60 * EFFORT))
+    assert_safe(scenario, Random(100 * EFFORT))
+    assert_safe(scenario, Random(25 * EFFORT, seed=1_000), lines=True)
 
 
-@pytest.mark.xfail(strict=True, reason="scope.py: spawn() looks at the scope after its checkpoint, not before")
+@pytest.mark.xfail(strict=True, reason="spawn() checks, then looks at the scope; it has to check again")
 def test_a_spawn_as_the_deadline_passes_is_no_closed_scope():
     """A spawn by the body itself, as the scope's deadline passes, is cut short by it: never ScopeClosed."""
-    assert_safe(scenarios.spawn_as_the_deadline_passes, Random(200), lines=True)
+    assert_safe(scenarios.spawn_as_the_deadline_passes, Exhaustive(1), lines=True)
 
 
 # --- injected in the middle ----------------------------------------------------------------------------------------
@@ -80,93 +81,100 @@ class Busy:
         assert not self.linked._tree.inbox
 
 
-@pytest.mark.parametrize("what", ["cancel", "work"])
-def test_a_signal_handler_at_any_point(what):
-    """A handler that cancels the tree, or uses it, at each line of a busy actor beside another: nothing is lost."""
-    worlds = []
+class Stage:
+    """Where the world of the present run stands, for what is injected into it."""
 
-    def scenario():
-        worlds[:] = [Busy()]
-        return [worlds[0].work, worlds[0].work], worlds[0].check
+    world: Busy
 
-    handlers = {"cancel": lambda: worlds[0].root.cancel(), "work": lambda: worlds[0].work()}
-    reached = walk(scenario, lambda strategy: strategy, handlers[what], Replay)
-    assert reached > 60
-    walk(scenario, lambda strategy: strategy, handlers[what], lambda: Random(1 * EFFORT, seed=reached))
+    def set(self):
+        self.world = Busy()
+        return self.world
+
+    def cancel(self):
+        self.world.root.cancel()
+
+    def work(self):
+        self.world.work()
+
+    def interrupt(self):
+        raise KeyboardInterrupt
 
 
-def walk(scenario, _make, action, strategy):
+def walk(scenario, action):
     """Inject the action at the first actor's first pause, then its second ...; how many there were."""
     for at in count(1):
-        injection = []
+        strategies = [Replay()] if at % 4 else [Replay(), Random(EFFORT, seed=at)]
+        injections = []
 
-        def inject(at=at, injection=injection):
-            injection[:] = [Inject("actor 0", at, action)]
-            return injection
+        def inject(at=at, injections=injections):
+            injections[:] = [Inject("actor 0", at, action)]
+            return injections
 
-        assert_safe(scenario, strategy(), lines=True, inject=inject)
-        if not injection[0].done:
+        for strategy in strategies:
+            assert_safe(scenario, strategy, lines=True, inject=inject)
+        if not injections[0].done:
             return at
     return None
 
 
-def test_an_interrupt_at_any_point():
-    """A KeyboardInterrupt at each line of an actor, with another one beside it: the other one's work is whole."""
-    worlds = []
-
-    def interrupt():
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("what", ["cancel", "work"])
+def test_a_signal_handler_at_any_point(what):
+    """A handler that cancels the tree, or uses it, at each line of a busy actor beside another: nothing is lost."""
+    stage = Stage()
 
     def scenario():
-        world = Busy()
-        worlds[:] = [world]
+        world = stage.set()
+        return [world.work, world.work], world.check
 
-        def work_until_interrupted():
-            try:
+    assert walk(scenario, getattr(stage, what)) > 60
+
+
+def test_an_interrupt_at_any_point():
+    """A KeyboardInterrupt at each line of a cancel, with another actor beside it: the other one's work is whole."""
+    stage = Stage()
+
+    def scenario():
+        world = stage.set()
+
+        def cancel_until_interrupted():
+            with suppress(KeyboardInterrupt):
                 world.root.cancel()
-            except KeyboardInterrupt:
-                pass
 
-        return [work_until_interrupted, world.work], world.check
+        return [cancel_until_interrupted, world.work], world.check
 
-    assert walk(scenario, None, interrupt, Replay) > 60
-    walk(scenario, None, interrupt, lambda: Random(2 * EFFORT))
+    assert walk(scenario, stage.interrupt) > 60
 
 
-def crossed():
-    """Two actors, each in its own tree, and two tokens: what is injected into one uses the other's."""
-    one, two = CancellationToken(), CancellationToken()
-    calls = []
-    one.on_cancel(calls.append, 1)
-    two.on_cancel(calls.append, 2)
+class Crossed:
+    """Two actors, each in its own tree; what is injected into one uses the other's."""
 
-    def check():
-        assert one.cancelled
-        assert two.cancelled
-        assert sorted(calls) == [1, 2]
+    def set(self):
+        self.one, self.two = CancellationToken(), CancellationToken()
+        self.calls = []
+        self.one.on_cancel(self.calls.append, 1)
+        self.two.on_cancel(self.calls.append, 2)
+        return [self.one.child, self.two.child], self.check
 
-    return one, two, check
+    def inject(self, at):
+        return [Inject("actor 0", at, self.cancel_two), Inject("actor 1", at, self.cancel_one)]
+
+    def cancel_one(self):
+        self.one.cancel()
+
+    def cancel_two(self):
+        self.two.cancel()
+
+    def check(self):
+        assert self.one.cancelled
+        assert self.two.cancelled
+        assert sorted(self.calls) == [1, 2]
 
 
 def try_finalizers_that_use_each_others_trees(strategy):
     """In the middle of each actor's operation a finalizer cancels the token that the other one is busy with."""
-    worlds = []
-
-    def scenario():
-        one, two, check = crossed()
-        worlds[:] = [one, two]
-        return [one.child, two.child], check
-
+    crossed = Crossed()
     for at in range(6, 21):
-        inject = functools.partial(finalizers, worlds, at)
-        assert_safe(scenario, strategy(), lines=True, inject=inject)
-
-
-def finalizers(worlds, at):
-    return [
-        Inject("actor 0", at, lambda: worlds[1].cancel()),
-        Inject("actor 1", at, lambda: worlds[0].cancel()),
-    ]
+        assert_safe(crossed.set, strategy(), lines=True, inject=functools.partial(crossed.inject, at))
 
 
 def test_finalizers_that_use_each_others_trees():

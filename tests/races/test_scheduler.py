@@ -32,7 +32,9 @@ def attach_without_looking(monkeypatch):
         extras.wakes.add_locked(wakeup)
 
     monkeypatch.setattr(tree.Tree, "attach_locked", attach_locked)
-    monkeypatch.setattr(token, "attach", lambda t, wakeup: t._cut is None and (t._tree.run(t._tree.attach_locked, t, wakeup), True)[1])
+    monkeypatch.setattr(
+        token, "attach", lambda t, wakeup: t._cut is None and (t._tree.run(t._tree.attach_locked, t, wakeup), True)[1]
+    )
 
 
 def mark_without_a_lock(monkeypatch):
@@ -127,7 +129,7 @@ PLANTED = [
     ("plant", "scenario", "strategy", "lines"), PLANTED, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_a_planted_bug_is_found(plant, scenario, strategy, lines, monkeypatch):
-    """With the bug some schedule fails, with the core as it is none of as many does; the failing one can be repeated."""
+    """With the bug some schedule fails, and fails again when repeated; with the core as it is none does."""
     with monkeypatch.context() as patched:
         plant(patched)
         found = explore(scenario, strategy, lines=lines)
@@ -166,7 +168,11 @@ def test_exhaustive_tries_every_schedule_once():
     strategy = Exhaustive(4)
     runs = assert_safe(scenario, strategy)
     assert runs > 6
-    legal = {p for p in itertools.permutations(["a1", "a2", "b1", "b2"]) if p.index("a1") < p.index("a2") and p.index("b1") < p.index("b2")}
+    legal = {
+        p
+        for p in itertools.permutations(["a1", "a2", "b1", "b2"])
+        if p.index("a1") < p.index("a2") and p.index("b1") < p.index("b2")
+    }
     assert set(orders) == legal
 
 
@@ -224,7 +230,7 @@ def test_what_is_still_locked_after_a_run_is_noticed():
 
     def scenario():
         root = CancellationToken()
-        return [lambda: root._tree.lock.acquire()], root.child
+        return [root._tree.lock.acquire], root.child
 
     outcome = explore(scenario, Replay())
     assert isinstance(outcome.error, Deadlock)

@@ -20,7 +20,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-__all__ = ["MAX_WAIT", "Lock", "RLock", "Room", "SimpleQueue", "Waiter", "discard", "get_ident", "getpid", "is_held", "is_owned", "is_section", "stack_here", "start_raw_thread", "start_thread"]
+__all__ = [
+    "MAX_WAIT",
+    "Lock",
+    "RLock",
+    "Room",
+    "SimpleQueue",
+    "Waiter",
+    "discard",
+    "get_ident",
+    "getpid",
+    "is_held",
+    "is_owned",
+    "is_section",
+    "stack_here",
+    "start_raw_thread",
+    "start_thread",
+]
 
 Lock = threading.Lock
 RLock = threading.RLock
@@ -82,7 +98,8 @@ def stack_here() -> Iterator[FrameType]:
 
 def is_section(frame: FrameType) -> bool:
     """Whether the frame is a locked section of the library's: those are called ``..._locked``, all of them."""
-    return frame.f_code.co_name.endswith("_locked") and str(frame.f_globals.get("__name__", "")).startswith("tokenscope.")
+    module = str(frame.f_globals.get("__name__", ""))
+    return frame.f_code.co_name.endswith("_locked") and module.startswith("tokenscope.")
 
 
 def discard(pile: Any, item: object) -> None:

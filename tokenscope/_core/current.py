@@ -88,7 +88,7 @@ def current_scope() -> Any:
 
 
 def defer(fn: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
-    """Have ``fn(*args, **kwargs)`` called when the current task ends (in the body of a scope: when the scope ends), newest first.
+    """Have ``fn(*args, **kwargs)`` called when the current task (in a scope's body: the scope) ends, newest first.
 
     Raises:
         LookupError: There is neither a task nor a scope here.
@@ -101,8 +101,8 @@ def _owner(what: str) -> Any:
     owner = ambient.owner_var.get()
     if owner is None:
         raise LookupError(
-            f"{what} needs a scope, and there is none here. Open one with `with ThreadScope() as scope:`; in a thread you started"
-            " yourself, wrap its target with tokenscope.bind() so that it inherits yours"
+            f"{what} needs a scope, and there is none here. Open one with `with ThreadScope() as scope:`;"
+            " in a thread you started yourself, wrap its target with tokenscope.bind() so that it inherits yours"
         )
     return owner
 
@@ -157,7 +157,7 @@ class Boundary:
 
 
 def fail_after(seconds: float, *, name: str | None = None) -> Boundary:
-    """``with fail_after(2):`` limits its body to so many seconds. Yields the token.
+    """Limit the body of a ``with`` statement to so many seconds. Yields the token.
 
     Raises:
         DeadlineExceeded: On leaving, if the time ran out and cut work short.
@@ -174,7 +174,7 @@ def move_on_after(seconds: float, *, name: str | None = None) -> Boundary:
 
 
 def shield(timeout: float | None = 30.0) -> Boundary:
-    """Code in ``with shield():`` is not reached by the cancels around it; it has ``timeout`` seconds of its own.
+    """Keep cancels from the body of a ``with`` statement, which has ``timeout`` seconds of its own.
 
     Yields the shield's token. After the block the next checkpoint raises what was held off.
 
@@ -187,7 +187,7 @@ def shield(timeout: float | None = 30.0) -> Boundary:
 
 
 class use_token:  # noqa: N801  # reads as a statement: `with use_token(token):`
-    """``with use_token(token):`` makes ``token`` current, together with the token that was current before. Not a boundary.
+    """``with use_token(token):`` makes ``token`` current, together with the one that was. Not a boundary.
 
     Raises:
         TypeError: ``token`` is not a token.
@@ -243,7 +243,7 @@ _here = threading.local()  # .active: the `uninterruptible` blocks that this thr
 
 
 def standing_back() -> bool:
-    """Whether this thread must not be interrupted now (a commit, a cleanup): guards do not attach, nothing is injected."""
+    """Whether this thread must not be interrupted now (a commit, a cleanup): guards do not attach."""
     return bool(getattr(_here, "active", None))
 
 
@@ -253,7 +253,7 @@ class uninterruptible(Boundary):  # noqa: N801  # reads as a statement
     def __init__(self, timeout: float | None = None, *, move_on: bool = False) -> None:
         seconds = clock.validate_timeout(timeout)
         super().__init__(lambda: CancellationToken(timeout=seconds, name="uninterruptible"), move_on=move_on)
-        self._active: set[uninterruptible] = set()  # of the thread that entered it, which may not be the one that leaves it
+        self._active: set[uninterruptible] = set()  # of the thread that entered it; another one may leave it
 
     @override
     def __enter__(self) -> CancellationToken:

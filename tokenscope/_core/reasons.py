@@ -64,7 +64,7 @@ def _rebuild(values: dict[str, Any]) -> CancelReason:
 def _picklable(cause: BaseException | None) -> BaseException | None:
     """The cause if it survives a journey to another process, else its text in a RuntimeError."""
     try:
-        pickle.loads(pickle.dumps(cause))
+        pickle.loads(pickle.dumps(cause))  # noqa: S301  # our own bytes
     except Exception:  # whatever a foreign class raises while it is pickled: the text is still worth having
         return RuntimeError(repr(cause))
     return cause

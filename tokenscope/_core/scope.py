@@ -461,7 +461,7 @@ class ThreadScope:
         self._word = verdict.word
         self.cancelled_caught = verdict.absorbed
         if self._crew is not None and self._crew.orphans:
-            self._report = self._make_report(ending, self._crew)  # now: they may end later
+            self._report = self._make_report(ending, self._crew, verdict.word)  # now: they may end later
         retire(self.token)
         ambient.put_back(ambient.token_var, self._token, self._before[0])
         ambient.put_back(ambient.owner_var, self, self._before[1])
@@ -476,19 +476,20 @@ class ThreadScope:
         """What happened; final when the scope has been left, of the moment before that."""
         if self._report is not None:
             return self._report
-        report = self._make_report(self._ending or Ending(self.name), self._children())
-        if self._word is not None:
+        word = self._word  # read once: the scope may end meanwhile
+        report = self._make_report(self._ending or Ending(self.name), self._children(), word or "running")
+        if word is not None:
             self._report = report
         return report
 
-    def _make_report(self, ending: Ending, crew: Crew) -> ScopeReport:
+    def _make_report(self, ending: Ending, crew: Crew, word: str) -> ScopeReport:
         cut = self.token._cut
         errors = [failure.error for failure in ending.failures or crew.failures]
         if ending.body is not None and not is_cut_of(ending.body, cut):
             errors.insert(0, ending.body)
         return ScopeReport(
             name=self.name,
-            outcome=self._word or "running",
+            outcome=word,
             reason=self.token.reason,
             tasks=crew.task_counts(),
             errors=tuple({id(error): error for error in errors}.values()),

@@ -6,8 +6,9 @@ it lies in the heap until the next clearing).
 Invariants
     1. ``heap`` is touched under the lock only; ``posted`` and ``stale`` only by single atomic operations, so that
        signal handlers and finalizers may use them in the middle of anything.
-    2. ``running`` is the ticket of the one timer thread of this process, from just before its start to its end. A thread that finds
-       another ticket there (an interrupt cut its start off after it had begun) ends at once.
+    2. ``running`` is the ticket of the one timer thread of this process, from just before its start to its end.
+       A thread that finds another ticket there (an interrupt cut its start off after it had begun) ends at
+       once.
     3. While ``heap`` is not empty and ``running``, the thread wakes no later than the earliest alarm: whoever adds an
        earlier one than ``planned`` rings the bell.
     4. An alarm is a weak reference: it keeps nothing alive but its ``keeper``.
@@ -26,7 +27,7 @@ import heapq
 import itertools
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tokenscope._core import _primitives, clock, events
 from tokenscope._core._typing import override
@@ -48,7 +49,7 @@ class Alarm(weakref.ref[Any]):
 
     __slots__ = ("keeper", "off", "when")
 
-    def __new__(cls, owner: object, when: float, keeper: object = None) -> Alarm:
+    def __new__(cls, owner: object, when: float, keeper: object = None) -> Self:  # noqa: ARG004  # for __init__
         return super().__new__(cls, owner, timer.stale.append)
 
     def __init__(self, owner: object, when: float, keeper: object = None) -> None:

@@ -4,11 +4,14 @@ States: *live* -> *cancelled*, once and for ever; the first reason wins, and eve
 
 Invariants
     1. `CancellationToken.check` takes no lock, walks nothing and reads no clock: it looks at one field.
-    2. The flag and the clock never disagree for long: the timer cancels on time, and whoever sees the time run out first (a wait,
-       a socket) cancels with ``deadline`` itself and then looks at the flag.
-    3. A child's deadline is never later than those of its parents; a token has an alarm only if its own deadline is the earliest.
-    4. ``_up`` is strong, ``_down`` weak: a child that its user drops is gone, unless ``tree.py``'s invariant 3 keeps it.
-    5. `Cancelled` leaves a checkpoint only after every cancelled boundary above was told that work was cut short (``hit``).
+    2. The flag and the clock never disagree for long: the timer cancels on time, and whoever sees the time run
+       out first (a wait, a socket) cancels with ``deadline`` itself and then looks at the flag.
+    3. A child's deadline is never later than those of its parents; a token has an alarm only if its own
+       deadline is the earliest.
+    4. ``_up`` is strong, ``_down`` weak: a child that its user drops is gone, unless ``tree.py``'s invariant 3
+       keeps it.
+    5. `Cancelled` leaves a checkpoint only after every cancelled boundary above was told that work was cut
+       short (``hit``).
 
 Locks: those of ``tree.py``; nothing is held while a token waits. After a fork the flags stay, registrations go.
 """
@@ -197,7 +200,7 @@ class CancellationToken:
 
     @property
     def deadline(self) -> float | None:
-        """When it will cancel itself, by ``time.monotonic()``; the earliest of its own and its ancestors'. None: never."""
+        """When it will cancel itself, by ``time.monotonic()``: the earliest of its own and its ancestors', or None."""
         return self._deadline
 
     def remaining(self) -> float | None:
@@ -222,13 +225,18 @@ class CancellationToken:
     # --- cancelling ---------------------------------------------------------------------------------------------
 
     def cancel(
-        self, message: str = "", *, kind: str = CancelKind.MANUAL, tag: str | None = None, cause: BaseException | None = None
+        self,
+        message: str = "",
+        *,
+        kind: str = CancelKind.MANUAL,
+        tag: str | None = None,
+        cause: BaseException | None = None,
     ) -> bool:
         """Cancel this token and all below it. The first reason wins.
 
-        All flags are set and all blocked calls of the library are woken before the first callback runs; callbacks run on this
-        thread, newest first, and their errors are logged, not raised here. May be called from anywhere, also from
-        signal handlers.
+        All flags are set and all blocked calls of the library are woken before the first callback runs;
+        callbacks run on this thread, newest first, and their errors are logged, not raised here. May be called
+        from anywhere, also from signal handlers.
 
         Args:
             message: For people and logs.
@@ -237,8 +245,8 @@ class CancellationToken:
             cause: The exception behind it.
 
         Returns:
-            True only for the call that won. (A call from a signal handler that interrupted this very tree is carried out by what
-            it interrupted, and returns False.)
+            True only for the call that won. (A call from a signal handler that interrupted this very tree is
+            carried out by what it interrupted, and returns False.)
 
         Raises:
             ValueError, TypeError: An unknown ``kind`` or arguments of the wrong type.
@@ -251,8 +259,9 @@ class CancellationToken:
     ) -> Registration:
         """Have ``fn(*args, **kwargs)`` called once when the token is cancelled; at once if it is already.
 
-        It runs on the thread that cancels, or on a worker when that is a thread of the library (deadline, hang-up). Keep it
-        short; what may take long or block (a second connection, a KILL) wants ``blocking=True`` and always gets a worker.
+        It runs on the thread that cancels, or on a worker when that is a thread of the library (deadline,
+        hang-up). Keep it short; what may take long or block (a second connection, a KILL) wants
+        ``blocking=True`` and always gets a worker.
 
         Returns:
             The registration. Close it (or use it as a context manager) when what the callback touches goes away.
@@ -282,7 +291,7 @@ class CancellationToken:
     # --- waiting ------------------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the token is cancelled, for at most ``timeout`` seconds; True if it is cancelled. Never raises `Cancelled`.
+        """Block until the token is cancelled, or for ``timeout`` seconds; True if it is. Never raises `Cancelled`.
 
         Raises:
             ValueError, TypeError: A bad ``timeout``.
@@ -448,7 +457,7 @@ def retire(token: CancellationToken) -> None:
 
 
 def expire_if_due(token: CancellationToken) -> None:
-    """Cancel with ``deadline`` whichever token in the ancestry owns a deadline that has passed. Then look at the token."""
+    """Cancel with ``deadline`` whatever token in the ancestry owns the deadline that passed. Then look at the token."""
     deadline = token._deadline
     if token._cut is not None or deadline is None or clock.now() < deadline:
         return
@@ -456,7 +465,7 @@ def expire_if_due(token: CancellationToken) -> None:
         if owner._more is not None and owner._more.own_deadline == deadline:
             owner._expire()
     for ancestor in _ancestry(token):
-        if token._cut is not None:
+        if token.cancelled:
             return
         if ancestor._cut is not None:
             ancestor._cut.mark()  # somebody else was first, and is on the way down to this token: help
@@ -497,7 +506,7 @@ def is_cut_of(error: BaseException | None, cut: Cut | None) -> bool:
 
 
 def settle_boundary(token: CancellationToken, error: BaseException | None, *, move_on: bool = False) -> bool:
-    """What a boundary makes of its end: True to absorb, False to let ``error`` pass. ``move_on`` absorbs a deadline too.
+    """What a boundary makes of its end: True to absorb, False to let ``error`` pass; ``move_on`` is for deadlines.
 
     Raises:
         DeadlineExceeded: The token's own deadline cut work short.

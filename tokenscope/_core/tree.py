@@ -14,9 +14,9 @@
     Cut.call_all                 the users' callbacks, newest first, each at most once, all even if some raise;
                                  on the canceller's own thread, or on a worker if the canceller is a library thread
 
-Parts: a `Tree` is one lock and what it guards, shared by a root and all its plain descendants. A linked token is the root of
-a tree of its own and a structural child of each parent. A `Cut` is one cancel: its reason, and what of it is still to do.
-A `Registration` is one callback.
+Parts: a `Tree` is one lock and what it guards, shared by a root and all its plain descendants. A linked token
+is the root of a tree of its own and a structural child of each parent. A `Cut` is one cancel: its reason, and
+what of it is still to do. A `Registration` is one callback.
 
 States of a token: *live* (``_cut is None``) -> *cut* (``_cut`` set, for ever).
 States of a registration: *armed* (in its token's ``regs``) -> *staged* (in ``cut.calls``) -> *called*;
@@ -24,25 +24,29 @@ from the first two also -> *closed*. The step to *called* or *closed* is one ato
 
 Invariants
     1. ``_cut`` changes once, from None, under the lock of the token's tree. Reading it takes no lock.
-    2. If a token is cut, all its descendants are cut or lie (or have an ancestor that lies) on the ``work`` pile of a Cut which its
-       tree lists in ``unfinished``.
+    2. If a token is cut, all its descendants are cut or lie (or have an ancestor that lies) on the ``work``
+       pile of a Cut which its tree lists in ``unfinished``.
     3. Children are linked weakly (parents strongly). A token with a registration is kept by ``tree.pinned``; a tree
-       with pins is kept by the timer alarms of its tokens (``keeper``) and, if its root is linked, by the pins of the parents' trees.
-    4. The ``work`` pile of a Cut is touched by the holder of the lock of the tree that its top belongs to, so that many may mark at a time;
-       ``wakes`` and ``calls`` are added to on the way, and once ``work`` is empty touched by the holder of the ``baton`` only. Whoever
-       finds an unfinished Cut with a free baton (its canceller was cut off by a KeyboardInterrupt) finishes it.
+       with pins is kept by the timer alarms of its tokens (``keeper``) and, if its root is linked, by the pins
+       of the parents' trees.
+    4. The ``work`` pile of a Cut is touched by the holder of the lock of the tree that its top belongs to, so
+       that many may mark at a time; ``wakes`` and ``calls`` are added to on the way, and once ``work`` is empty
+       touched by the holder of the ``baton`` only. Whoever finds an unfinished Cut with a free baton (its
+       canceller was cut off by a KeyboardInterrupt) finishes it.
     5. Each step takes its work from a pile only after it is done, and may be done twice without harm. So an
        interrupt between any two lines loses nothing.
 
-Lock order: baton > one tree lock > timer's or worker's lock (both leaves). Never two trees at a time: the walk crosses trees by
-the ``work`` pile. Registrations' gates are taken with no lock held. No user code runs under any of them but
-the gate and the baton, and nobody *waits* for a baton; waiting for a gate is `Registration.close`, which does not wait where this
-thread itself runs a callback or is inside a locked section. Hence no cycle of waiting threads.
+Lock order: baton > one tree lock > timer's or worker's lock (both leaves). Never two trees at a time: the walk
+crosses trees by the ``work`` pile. Registrations' gates are taken with no lock held. No user code runs under
+any of them but the gate and the baton, and nobody *waits* for a baton; waiting for a gate is
+`Registration.close`, which does not wait where this thread itself runs a callback or is inside a locked
+section. Hence no cycle of waiting threads.
 
-Re-entry: an operation that arrives while this thread is inside the same tree's lock (a signal handler, a user's finalizer) is put in
-``inbox`` and done by the interrupted operation before it returns. So it is if this thread is inside of any other section, and the tree's lock is
-held: then its holder does it (`Tree.busy_here` says why that ends every circle). Whoever leaves a section looks into the inbox.
-Our own finalizers are C functions that append to a list.
+Re-entry: an operation that arrives while this thread is inside the same tree's lock (a signal handler, a user's
+finalizer) is put in ``inbox`` and done by the interrupted operation before it returns. So it is if this thread
+is inside of any other section, and the tree's lock is held: then its holder does it (`Tree.busy_here` says why
+that ends every circle). Whoever leaves a section looks into the inbox. Our own finalizers are C functions that
+append to a list.
 
 Fork: the child gets a fresh lock; registrations, waiters and callbacks of the parent process are dropped, flags stay.
 """
@@ -53,7 +57,7 @@ import functools
 import itertools
 import weakref
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 from tokenscope._core import _primitives, clock, events, timer, workers
 from tokenscope._core._typing import override
@@ -127,20 +131,23 @@ class Tree(_primitives.Room):
         self.unfinished: list[Cut] = []  # cancels that began in this tree and are not done
         self.pinned: set[CancellationToken] = set()  # tokens with registrations, and linked roots with pins below
         self.keeper: list[Tree] = []  # holds this tree while `pinned` is not empty; held by the alarms of its tokens
-        self.links: tuple[weakref.ref[CancellationToken], ...] = ()  # if the root is linked: itself, for its parents' pins
+        self.links: tuple[weakref.ref[CancellationToken], ...] = ()  # the root, if it is linked: its parents pin it
 
     # --- what was put off ---------------------------------------------------------------------------------------
 
     @override
     def busy_here(self) -> bool:
-        """Whether this thread must not wait for the lock now: it is inside, or inside of another section while this lock is held.
+        """Whether this thread must not wait for the lock: it is inside; or in another section, and the lock is held.
 
-        The latter is a signal handler or a finalizer of the user's. If each of two threads waited for the lock that the other's
-        interrupted section holds, they would wait for ever. The lock may be taken by another thread right after this look; a circle
-        still cannot form: who holds a lock of the circle looked at the next one after it had got its own, so the last one to
-        look has found it held. (`CancellationToken.child` does not look; a circle of nothing but finalizers that make children can.)
+        The latter is a signal handler or a finalizer of the user's. If each of two threads waited for the lock
+        that the other's interrupted section holds, they would wait for ever. The lock may be taken by another
+        thread right after this look; a circle still cannot form: who holds a lock of the circle looked at the
+        next one after it had got its own, so the last one to look has found it held. (`CancellationToken.child`
+        does not look; a circle of nothing but finalizers that make children can.)
         """
-        return super().busy_here() or (_primitives.is_held(self.lock) and self.pid == _primitives.getpid() and _inside_a_section())
+        return super().busy_here() or (
+            _primitives.is_held(self.lock) and self.pid == _primitives.getpid() and _inside_a_section()
+        )
 
     @override
     def has_leftovers(self) -> bool:
@@ -156,7 +163,7 @@ class Tree(_primitives.Room):
             if self.unfinished and not self.busy_here():
                 with self.enter(): self._sweep_locked()
             if self.busy_here() or not (self.inbox or any(cut.can_go_on() for cut in self.unfinished)):
-                return  # else somebody came in the middle of the sweep, or was in the way when this thread could not wait
+                return  # else somebody came in the middle, or was in the way when this thread could not wait
 
     def _sweep_locked(self) -> None:
         self.unfinished[:] = [cut for cut in self.unfinished if not cut.finished]
@@ -192,7 +199,7 @@ class Tree(_primitives.Room):
             extras.wakes.add_locked(wakeup)
 
     def become_boundary_locked(self, token: CancellationToken) -> None:
-        """Make sure that the token has extras: it becomes a boundary, and must be able to learn that work was cut short."""
+        """Make sure that the token has extras: as a boundary it must be able to learn that work was cut short."""
         self.extras_locked(token)
 
     def enter_locked(self, token: CancellationToken, entry: tuple[int, object, object]) -> None:
@@ -511,7 +518,7 @@ class Registration:
         state = "waiting" if self.once else "running" if self.gate.locked() else "ended"
         return f"<Registration of {self.name} on {self.token.name}, {state}>"
 
-    def __enter__(self) -> Registration:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -520,9 +527,9 @@ class Registration:
     def close(self, wait: bool = True) -> bool:
         """End the registration: when this returns, the callback is not running and will not run.
 
-        If it is running on another thread, this waits for it, however long that takes; pass ``wait=False`` where the caller holds a lock
-        that the callback may want. It never waits where that could be for ever: on a thread that itself runs a cancel
-        callback, or in a signal handler that interrupted the library.
+        If it is running on another thread, this waits for it, however long that takes; pass ``wait=False``
+        where the caller holds a lock that the callback may want. It never waits where that could be for ever:
+        on a thread that itself runs a cancel callback, or in a signal handler that interrupted the library.
 
         Returns:
             True if the callback has not run and never will; False if it was called (or is running now).

@@ -12,8 +12,8 @@ trivial jobs stays on two threads: the first is done before the second has start
 States of a worker: *starting* -> *idle* <-> *busy* -> gone after `IDLE_SECONDS` idle.
 
 Invariants
-    1. ``idle`` and ``starting`` change under the lock only. ``starting`` holds a ticket for each start, so that one which an interrupt cut
-       off is neither forgotten nor counted twice.
+    1. ``idle`` and ``starting`` change under the lock only. ``starting`` holds a ticket for each start, so that
+       one which an interrupt cut off is neither forgotten nor counted twice.
     2. Backlog > 0 implies idle > 0 or starting > 0 or some worker has taken a job and not yet looked at the backlog.
     3. A job's cell is emptied exactly once (``list.pop`` is atomic): by the worker that runs it, or by a
        submitter that takes it back because no thread could be started.
@@ -75,8 +75,8 @@ class Workers(_primitives.Room):
             self.enter()  # a forked child must not put its job on the queue of its parent
         job: Job = [fn]
         self.jobs.put(job)
-        # Reading both without the lock is safe after the put: a worker that stops being idle either retires, under the lock and
-        # only if the queue is empty, or takes a job, and then looks at the backlog itself.
+        # Reading both without the lock is safe after the put: a worker that stops being idle either counts itself
+        # out and looks into the queue then, or takes a job, and then looks at the backlog itself.
         if self.idle or self.starting:
             return
         try:
@@ -102,13 +102,16 @@ class Workers(_primitives.Room):
             if ticket in self.starting:
                 _primitives.start_thread(functools.partial(self._work, ticket), IDLE_NAME)
         except BaseException:
-            with self.enter(): self.starting.discard(ticket)
+            with self.enter(): self._give_up_locked(ticket)
             raise
 
     def _claim_locked(self, ticket: object) -> None:
         self._again = False
         if not (self.idle or self.starting or self.jobs.empty()):
             self.starting.add(ticket)
+
+    def _give_up_locked(self, ticket: object) -> None:
+        self.starting.discard(ticket)
 
     def _work(self, ticket: object) -> None:
         thread = threading.current_thread()
@@ -208,12 +211,12 @@ workers = Workers()
 submit = workers.submit
 
 
-
 def submit_from_finalizer(fn: Callable[[], object]) -> None:
     """Run ``fn`` on a thread, soon; for ``__del__``, which may run in the middle of anything.
 
-    `submit` may have to start a thread, and ``Thread.start`` takes the lock that ``threading.enumerate`` holds: a finalizer that
-    runs inside of that would wait for itself. A raw thread takes no lock. At interpreter exit nothing is done.
+    `submit` may have to start a thread, and ``Thread.start`` takes the lock that ``threading.enumerate`` holds:
+    a finalizer that runs inside of that would wait for itself. A raw thread takes no lock. At interpreter exit
+    nothing is done.
     """
     with contextlib.suppress(RuntimeError):
         _primitives.start_raw_thread(submit, fn)

@@ -31,7 +31,8 @@ def cancel(size: Size) -> Iterator[Contest]:
         def play() -> dict[str, float]:
             found = {"ours": _cancelled_threads(server, trials)}
             if peers.httpx:
-                found["httpx"] = asyncio.run(_cancelled_tasks(peers.httpx, server, trials))
+                found["httpx"] = asyncio.run(_cancelled_tasks(peers.httpx, server, trials, far=False))
+                found["httpx from a thread"] = asyncio.run(_cancelled_tasks(peers.httpx, server, trials, far=True))
             values = {}
             for name, latencies in found.items():
                 values[name] = percentile(latencies, 0.5)
@@ -67,12 +68,12 @@ def _cancelled_thread(session: requests.Session, server: Upstream) -> float:
     return (ended[0] - start) * 1e3
 
 
-async def _cancelled_tasks(httpx: Any, server: Upstream, trials: int) -> list[float]:
+async def _cancelled_tasks(httpx: Any, server: Upstream, trials: int, *, far: bool) -> list[float]:
     async with httpx.AsyncClient(timeout=None) as client:
-        return [await _cancelled_task(client, server) for _ in range(trials)]
+        return [await _cancelled_task(client, server, far=far) for _ in range(trials)]
 
 
-async def _cancelled_task(client: Any, server: Upstream) -> float:
+async def _cancelled_task(client: Any, server: Upstream, *, far: bool) -> float:
     ended: list[float] = []
 
     async def call() -> None:
@@ -82,14 +83,24 @@ async def _cancelled_task(client: Any, server: Upstream) -> float:
             ended.append(time.perf_counter())
             raise
 
+    loop = asyncio.get_running_loop()
     task = asyncio.create_task(call())
-    await asyncio.get_running_loop().run_in_executor(None, server.news.read, 1)
+    await loop.run_in_executor(None, server.news.read, 1)
     await asyncio.sleep(SETTLE)
     start = time.perf_counter()
-    task.cancel()
+    if far:
+        start = await loop.run_in_executor(None, _cancel_from_here, loop, task)
+    else:
+        task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
     return (ended[0] - start) * 1e3
+
+
+def _cancel_from_here(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> float:
+    start = time.perf_counter()
+    loop.call_soon_threadsafe(task.cancel)
+    return start
 
 
 @contextlib.contextmanager
@@ -146,6 +157,7 @@ ROWS = (
         Bar("<=", 1.0),
         cancel,
         peer="httpx",
+        also=("httpx from a thread",),
     ),
     Row(
         "cancel-p99",

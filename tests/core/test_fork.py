@@ -31,6 +31,9 @@ def fork(work):
     pid = os.fork()
     if pid:
         return pid
+    # A coverage tracer has a lock of its own, which another thread may have held at the fork.
+    sys.settrace(None)
+    threading.settrace(None)
     status = 1
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -41,6 +41,14 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
 
 
+@pytest.fixture(autouse=True)
+def nothing_ticks():
+    """Take out what earlier tests left ticking: a token with a callback is kept until its deadline, an hour from now."""
+    with timer.enter():
+        timer.heap.clear()
+        timer.stale.clear()
+
+
 def test_alarms_ring_in_the_order_of_their_times():
     """Whatever the order in which they are set, they ring by time, and never too early."""
     owner, rung, done = Owner(), [], threading.Event()

@@ -345,7 +345,7 @@ def scope_deadline_and_end():
         try:
             with scope:
                 scope.spawn(tokenscope.sleep, 0.99999)
-        except (TimeoutError, ScopeClosed):  # the latter: see `spawn_as_the_deadline_passes`
+        except (TimeoutError, ScopeClosed):  # the latter: see test_races.py
             outcomes.append("cut")
         else:
             outcomes.append("whole")
@@ -355,19 +355,6 @@ def scope_deadline_and_end():
         assert outcomes in (["cut"], ["whole"])
 
     return [run], check
-
-
-def spawn_as_the_deadline_passes():
-    """The body's own spawn is a checkpoint of the body: the deadline cuts it short, and surfaces as itself."""
-
-    def run():
-        try:
-            with ThreadScope(timeout=1.0, grace=100.0) as scope:
-                scope.spawn(int)
-        except TimeoutError:
-            pass
-
-    return [run], lambda: None
 
 
 def drop_and_cancel():

@@ -26,8 +26,8 @@ UPSTREAM = os.environ.get("UPSTREAM", "")
 SESSION = Session()
 
 
-def make(say: Any) -> Any:
-    """Build the app."""
+def listen(say: Any) -> None:
+    """Write what tokenscope tells of requests into the journal."""
 
     def told(event: events.RequestCancelled) -> None:
         report = event.report
@@ -42,6 +42,11 @@ def make(say: Any) -> Any:
 
     events.subscribe(told, events.RequestCancelled)
     events.subscribe(lambda event: say("foreign", origin=event.origin), events.ForeignCancel)
+
+
+def make(say: Any) -> Any:
+    """Build the app."""
+    listen(say)
     guarded = RequestScopeMiddleware(lambda *call: route(say, *call))
 
     def outermost(environ: dict[str, Any], start_response: Any) -> Any:
@@ -53,15 +58,20 @@ def make(say: Any) -> Any:
 
 
 def route(say: Any, environ: dict[str, Any], start_response: Any) -> Any:
-    """Call the view that the path names."""
-    _, name, *number = environ["PATH_INFO"].split("/")
-    say("view", name=name, number=number, thread=threading.get_ident())
-    body = VIEWS[name](environ)
+    """Answer with what the view has."""
+    body = call(say, environ)
     headers = [("Content-Type", "text/plain")]
     if isinstance(body, list):
         headers.append(("Content-Length", str(len(body[0]))))
     start_response("200 OK", headers)
     return body
+
+
+def call(say: Any, environ: dict[str, Any]) -> Any:
+    """Call the view that the path names."""
+    _, name, *number = environ["PATH_INFO"].split("/")
+    say("view", name=name, number=number, thread=threading.get_ident())
+    return VIEWS[name](environ)
 
 
 def quick(_environ: Any) -> list[bytes]:
@@ -159,6 +169,21 @@ def fail(_environ: Any) -> list[bytes]:
     return [b"looks fine"]
 
 
+def fail_early(_environ: Any) -> Iterator[bytes]:
+    """Let a child of a stream fail before there is anything to send."""
+    current_scope().spawn(lambda: 1 / 0)
+    tokenscope.sleep(30)
+    yield b"never"
+
+
+def fail_late(_environ: Any) -> Iterator[bytes]:
+    """Let a child fail between two chunks."""
+    yield b"first"
+    current_scope().spawn(lambda: 1 / 0)
+    tokenscope.sleep(30)
+    yield b"never"
+
+
 COOL = threading.Event()
 
 
@@ -200,6 +225,8 @@ VIEWS = {
     "own": own,
     "own_stream": own_stream,
     "fail": fail,
+    "fail_early": fail_early,
+    "fail_late": fail_late,
     "burn": burn,
     "cool": cool,
     "census": count,

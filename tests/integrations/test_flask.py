@@ -271,6 +271,81 @@ def test_events_name_the_route_not_the_path() -> None:
     assert [(event.endpoint, event.status) for event in told] == [("GET /users/<int:user>", 499)]
 
 
+def test_events_name_where_the_app_is_mounted() -> None:
+    """Two apps in one process may have the same route; a complaint about one does not silence the other."""
+    told: list[Any] = []
+    unsubscribe = events.subscribe(told.append, events.RequestCancelled)
+    try:
+        with serving("extension", lambda: (current_scope().cancel(), block())) as ask:
+            ask.environ["SCRIPT_NAME"] = "/shop"
+            ask.serve()
+    finally:
+        unsubscribe()
+    assert [event.endpoint for event in told] == ["POST /shop/"]
+
+
+@pytest.mark.parametrize("waits_for", ["child", "cleanup"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_waiting_for_children_and_cleanups_is_no_work_of_the_views(
+    setup: str, waits_for: str, streams: bool
+) -> None:
+    """A view that stops at once has done nothing after the cancel, however long its scope takes to end."""
+
+    def linger() -> None:
+        threading.Event().wait(0.2)
+
+    asks: list[Exchange] = []
+
+    def view() -> Any:
+        asks.append(flask.request.environ["exchange"])
+        if waits_for == "child":
+            current_scope().spawn(lambda: (started.set(), linger()))
+            assert started.wait(PATIENCE)
+        else:
+            tokenscope.defer(linger)
+        return chunks() if streams else stop()
+
+    def chunks() -> Iterator[str]:
+        yield "first"
+        stop()
+
+    def stop() -> None:
+        asks[0].hang_up()
+        block()
+
+    started = threading.Event()
+    (report,) = (event.report for event in cancelled_by(setup, view))
+    assert report.stop_duration > 0.15
+    lingering = 1 if waits_for == "child" else 0  # the child's own work counts, and once
+    assert report.post_cancel_work < 0.1 + 0.2 * lingering
+
+
+def test_what_a_view_does_after_its_own_deadline_is_work_after_the_cancel(setup: str) -> None:
+    """The deadline belongs to a scope inside of the request's; late work is counted against that."""
+
+    def view() -> None:
+        assert current_token().wait(PATIENCE)
+        threading.Event().wait(0.1)
+        tokenscope.check()
+
+    (event,) = cancelled_by(setup, view, cancellable(timeout=0.02))
+    assert 0.08 < event.report.post_cancel_work < 0.18
+    assert event.status == 504
+
+
+def cancelled_by(setup: str, view: Callable[[], Any], decorate: Callable[..., Any] = cancellable) -> list[Any]:
+    """What is told of one request."""
+    told: list[Any] = []
+    unsubscribe = events.subscribe(told.append, events.RequestCancelled)
+    try:
+        with serving(setup, view, decorate) as ask:
+            ask.environ["exchange"] = ask
+            ask.serve()
+    finally:
+        unsubscribe()
+    return told
+
+
 # --- deadlines ----------------------------------------------------------------------------------------------
 
 
@@ -415,9 +490,35 @@ def test_a_deadline_holds_for_the_stream(setup: str) -> None:
         current_scope().spawn(block)
         return (block() if index else "first" for index in range(2))
 
-    with serving(setup, view, cancellable(timeout=0.05)) as ask:
-        assert ask.serve() == b"first"
+    (told,) = cancelled_by(setup, view, cancellable(timeout=0.05))
+    assert told.status == 200  # what was sent
     assert scopes[0].report.outcome == "deadline"
+
+
+def test_a_stream_cut_before_its_first_byte_is_not_for_the_error_handlers(setup: str) -> None:
+    """They have run by then: a bare 504; the decorator alone cannot even change the status."""
+
+    def view() -> Iterator[str]:
+        return (str(block()) for _ in range(1))
+
+    with serving(setup, view, cancellable(timeout=0.02)) as ask:
+        ask.app.register_error_handler(DeadlineExceeded, lambda _: pytest.fail("was asked"))
+        assert ask.serve() == b""
+        assert ask.status == ("200 OK" if setup == "alone" else "504 Gateway Timeout")
+
+
+def test_a_deadline_is_logged_with_the_status_of_its_handler(setup: str) -> None:
+    """The log has what was sent, whoever decided it."""
+
+    told: list[Any] = []
+    unsubscribe = events.subscribe(told.append, events.RequestCancelled)
+    try:
+        with serving(setup, block, cancellable(timeout=0.02)) as ask:
+            ask.app.register_error_handler(DeadlineExceeded, lambda _: ("late", 503))
+            ask.serve()
+    finally:
+        unsubscribe()
+    assert [event.status for event in told] == [503]
 
 
 def test_an_error_in_a_stream_reaches_the_server_unchanged(setup: str) -> None:
@@ -457,6 +558,27 @@ def test_a_childs_error_at_the_end_of_a_stream_is_told_at_close(setup: str) -> N
         go.set()
         with pytest.raises((ValueError, ExceptionGroup)):
             ask.close()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_childs_error_in_the_middle_of_a_stream_reaches_the_server(setup: str, begun: bool) -> None:
+    """The generator is stopped by a cancel, and what the server gets is the failure: no stream looks whole."""
+
+    def fail() -> None:
+        raise ValueError("in a child")
+
+    def chunks() -> Iterator[str]:
+        if begun:
+            yield "a"
+        current_scope().spawn(fail)
+        block()
+        yield "b"
+
+    with serving(setup, chunks) as ask:
+        ask.call()
+        with pytest.raises((ValueError, ExceptionGroup)) as caught:
+            b"".join(ask.body)
+    assert "in a child" in repr(caught.value)
 
 
 def test_a_stream_nobody_reads_ends_with_its_children(setup: str) -> None:

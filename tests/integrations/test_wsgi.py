@@ -33,9 +33,11 @@ TEXT = [("Content-Type", "text/plain")]
 @pytest.fixture(autouse=True)
 def _told_nothing_yet() -> Iterator[None]:
     """What is told once per process is told once per test."""
-    _hangup._told.clear()
+    for told in (_hangup._told_endpoints, _hangup._told_servers):
+        told.clear()
     yield
-    _hangup._told.clear()
+    for told in (_hangup._told_endpoints, _hangup._told_servers):
+        told.clear()
 
 
 @contextlib.contextmanager
@@ -183,6 +185,29 @@ def test_two_middlewares_share_one_scope() -> None:
     assert scopes[0] is scopes[1]
 
 
+def test_an_inner_middleware_arms_the_methods_it_names() -> None:
+    """methods="all" of an app counts also where somebody guarded everything around it with the defaults."""
+    inner = app_of(lambda: (now.set(), block()), methods="all")
+    with Exchange(RequestScopeMiddleware(inner), "POST") as ask:
+        now = hang_up_in_a_moment(ask)
+        assert ask.serve() == b""
+        assert ask.status.startswith("499")
+
+
+def test_a_request_made_up_inside_of_a_view_arms_nothing() -> None:
+    """A POST view that calls another guarded app with a GET of its own is not armed by that."""
+    inner = app_of(lambda: [b"x"])
+
+    def view() -> list[bytes]:
+        body = inner({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, lambda *_: None)
+        ask.hang_up()
+        assert not current_token().wait(0.05)
+        return list(body)
+
+    with Exchange(app_of(view), "POST") as ask:
+        assert ask.serve() == b"x"
+
+
 def test_it_speaks_wsgi_by_the_book() -> None:
     """The validator of wsgiref, on both sides of the middleware, has nothing to say."""
 
@@ -229,6 +254,27 @@ def test_a_hang_up_does_not_cancel_other_methods_and_says_once_what_to_do() -> N
                 assert ask.status == "200 OK"
     assert [event.endpoint for event in ignored] == ["POST /pay"]
     assert "@cancellable" in ignored[0].remedy
+
+
+def test_after_very_many_endpoints_one_last_line_says_that_no_more_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Paths that never repeat do not fill the memory or the log, nor do they silence what else is told once."""
+    monkeypatch.setattr(_hangup, "_MOST_TOLD", 2)
+
+    def view() -> list[bytes]:
+        ask.hang_up()
+        assert not current_token().wait(0.05)
+        return [b"done"]
+
+    with heard(events.HangupIgnored) as ignored, heard(events.WatchUnsupported) as unwatched:
+        for number in range(4):
+            with Exchange(app_of(view), "POST", f"/{number}") as ask:
+                ask.serve()
+        with Exchange(app_of(lambda: [b"x"]), **{"tokenscope.connection_fd": None}) as ask:
+            ask.serve()
+    assert [event.endpoint for event in ignored] == ["POST /0", "POST /1", "any endpoint after these 2"]
+    assert len(unwatched) == 1
 
 
 def test_a_view_opts_in_whatever_its_method() -> None:
@@ -582,7 +628,7 @@ def test_a_begun_stream_ends_quietly() -> None:
         now = hang_up_in_a_moment(ask)
         assert ask.serve() == b"first"
     assert closed == ["client_disconnected"]
-    assert [event.status for event in told] == [499]
+    assert [event.status for event in told] == [200]  # what was sent
 
 
 def test_a_stream_that_has_not_begun_is_answered() -> None:
@@ -609,9 +655,43 @@ def test_the_deadline_holds_while_streaming(begun: bool) -> None:
             yield b"first"
         block()
 
-    with Exchange(app_of(view, timeout=0.03)) as ask:
+    with heard(events.RequestCancelled) as told, Exchange(app_of(view, timeout=0.03)) as ask:
         assert ask.serve() == (b"first" if begun else b"")
         assert ask.status == ("200 OK" if begun else "504 Gateway Timeout")
+    assert [event.status for event in told] == [200 if begun else 504]
+
+
+def test_a_response_begun_by_write_is_logged_with_the_status_that_went_out() -> None:
+    """A cancel after the old write() cannot change the status, neither for the client nor in the log."""
+
+    def app(_environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("201 Created", TEXT)(b"one")
+        current_scope().cancel()
+        tokenscope.check()
+        return []
+
+    with heard(events.RequestCancelled) as told, Exchange(RequestScopeMiddleware(app), "POST") as ask:
+        assert ask.serve() == b""
+    assert (ask.status, [event.status for event in told]) == ("201 Created", [201])
+
+
+def test_a_dropped_stream_is_logged_with_the_status_that_went_out() -> None:
+    """A finalizer ends the request, and still knows what the client was told."""
+
+    def view() -> Iterator[bytes]:
+        yield b"x"
+        yield b"y"
+
+    with heard(events.RequestCancelled) as told, Exchange(app_of(view)) as ask:
+        ask.call()
+        next(iter(ask.body))
+        ask.environ["tokenscope.scope"].cancel()
+        ask.body = ()
+        gc.collect()
+        end = time.monotonic() + PATIENCE
+        while not told and time.monotonic() < end:
+            threading.Event().wait(0.001)
+    assert [event.status for event in told] == [200]
 
 
 def test_a_foreign_cancel_in_a_stream_stops_there() -> None:
@@ -813,6 +893,23 @@ def test_what_a_body_raises_in_close_is_judged_like_the_rest() -> None:
     with ask, pytest.raises(ValueError, match="first") as caught:
         ask.serve()
     assert "closing" in caught.value.__notes__[0]
+
+
+def test_a_failure_told_in_close_outweighs_the_cancel_it_caused() -> None:
+    """A body with a scope inside: the step saw only a cancel, close() has the child's failure, which goes on."""
+
+    class Scoped:
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"a"
+            current_scope().cancel()
+            group(tokenscope.check) if grouped else tokenscope.check()
+
+        def close(self) -> None:
+            raise ZeroDivisionError
+
+    for grouped in (False, True):
+        with Exchange(app_of(Scoped)) as ask, pytest.raises(ZeroDivisionError):
+            ask.serve()
 
 
 def test_write_begins_the_response_too() -> None:

@@ -181,7 +181,6 @@ def test_finalizers_that_use_each_others_trees():
     try_finalizers_that_use_each_others_trees(lambda: Exhaustive(1, 60 * EFFORT))
 
 
-@pytest.mark.xfail(strict=True, reason="spawn() checks, then looks at the scope; it has to check once more")
 def test_a_spawn_as_the_deadline_passes_is_no_closed_scope():
     """A body's own spawn, with the scope's deadline passing at any line of it, is cut short: never ScopeClosed."""
     stage = Stage()

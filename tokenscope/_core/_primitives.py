@@ -156,10 +156,12 @@ class Room:
     the ``with``. Functions that need the lock end in ``_locked``.
     """
 
-    __slots__ = ("_locks", "inbox", "lock", "pid")
+    __slots__ = ("_locks", "inbox", "lock", "owned", "pid")
 
     def __init__(self) -> None:
-        self.lock: Any = RLock()
+        lock: Any = RLock()
+        self.lock = lock
+        self.owned: Callable[[], bool] = lock._is_owned  # see `is_owned`; kept, because hot paths ask it
         self.pid = getpid()
         self._locks = {self.pid: self.lock}
         # What operations that found this thread inside want done by the one they interrupted.
@@ -209,7 +211,7 @@ class Room:
 
     def busy_here(self) -> bool:
         """Whether this very thread is in the middle of a locked section of this room."""
-        return self.pid == getpid() and is_owned(self.lock)
+        return self.pid == getpid() and self.owned()
 
     def _move(self) -> None:
         # setdefault is atomic, so all threads of the new process agree on one fresh lock.
@@ -222,6 +224,7 @@ class Room:
             return
         self.inbox.clear()
         self._after_fork_locked()
+        self.owned = lock._is_owned
         self.lock = lock
         self.pid = pid
 

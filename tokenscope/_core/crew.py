@@ -118,7 +118,7 @@ class Crew(_primitives.Room):
             ScopeClosed: The scope has ended.
             RuntimeError: No thread could be started; the task is forgotten.
         """
-        if self.pid != getpid() or self.lock._is_owned():
+        if self.pid != getpid() or self.owned():
             self.run(self._admit_locked, task)
         else:
             with self.lock: self._admit_locked(task)
@@ -188,7 +188,7 @@ class Crew(_primitives.Room):
         interrupt: BaseException | None = None
         if task._made is not None:
             interrupt = _kept(task.publish)
-        if self.pid != getpid() or self.lock._is_owned():
+        if self.pid != getpid() or self.owned():
             self.run(self._record_locked, task)
         else:
             with self.lock: self._record_locked(task)

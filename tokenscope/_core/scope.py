@@ -222,6 +222,7 @@ class ThreadScope:
         return task
 
     def _refuse(self, crew: Crew, reason: CancelReason) -> NoReturn:
+        check()  # the cancel may have come since the caller was looked at: then it is the caller's own
         crew.note_late("spawns")
         raise ScopeClosed(f"scope {self.name!r} is cancelled and takes no more work", reason)
 

@@ -120,12 +120,15 @@ class CancellationToken:
         token._up = self
         token._deadline = self._deadline
         token._name = name
-        if tree.pid != getpid() or tree.lock._is_owned():
+        below = self._down
+        if below is None or tree.pid != getpid() or tree.owned():
             tree.run(tree.link_locked, self, token)
         else:
-            with tree.lock: tree.link_locked(self, token)
-            if tree.inbox or tree.unfinished:
-                tree.settle()
+            # Linked first, then looked: a cancel sets the flag and descends in one locked section, so it either finds the
+            # token or has been seen here.
+            with tree.lock: below.refs.add(_ref(token, below.bury))
+            if self._cut is not None or tree.inbox or tree.unfinished:
+                tree.run(tree.link_locked, self, token)
         if seconds is not None:
             token._set_deadline(seconds)
         return token
@@ -395,6 +398,7 @@ class _DeadlineAlarm(timer.Alarm):
 
 
 _bare = object.__new__
+_ref = weakref.ref
 
 
 # --- for the rest of the library ----------------------------------------------------------------------------------

@@ -84,21 +84,21 @@ class Wakeup(Protocol):
 
 
 class Flock(Generic[T]):
-    """Some objects, weakly: a token's children, or what is blocked on it. Under the tree's lock, but for ``dead``.
+    """Some objects, weakly: a token's children, or what is blocked on it. Under the tree's lock, but for the dead.
+
+    Who dies takes itself out, at any time and on any thread: by ``set.discard``, one step in C, which takes no lock and runs
+    no code of ours. Hence who wants to look at all of them looks at a copy (one step in C as well).
 
     Not a ``weakref.WeakSet``: that costs 1,100 bytes and runs Python code in finalizers.
     """
 
-    __slots__ = ("bury", "dead", "refs")
+    __slots__ = ("bury", "refs")
 
     def __init__(self) -> None:
         self.refs: set[weakref.ref[T]] = set()
-        self.dead: list[weakref.ref[T]] = []  # appended to by finalizers, which take no lock
-        self.bury = self.dead.append
+        self.bury = self.refs.discard
 
     def add_locked(self, member: T) -> None:
-        while self.dead:
-            self.refs.discard(self.dead.pop())
         self.refs.add(weakref.ref(member, self.bury))
 
     def discard_locked(self, member: T) -> None:
@@ -299,7 +299,7 @@ class Tree(_primitives.Room):
         visits: list[CancellationToken] = []
         if token._down is None:
             return visits
-        for link in token._down.refs:
+        for link in token._down.refs.copy():
             child = link()
             if child is None:
                 continue
@@ -317,7 +317,7 @@ class Tree(_primitives.Room):
         if extras.pid != self.pid:
             return  # registered in a parent process
         if extras.wakes is not None:
-            cut.wakes += extras.wakes.refs
+            cut.wakes += extras.wakes.refs.copy()
             extras.wakes = None
         if extras.regs:
             cut.calls += extras.regs.values()  # an interrupt below stages them twice; each still has but one call

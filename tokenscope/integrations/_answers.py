@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tokenscope._core.reasons import CancelReason
 
-__all__ = ["CLIENT_CLOSED", "Answer", "answer_for", "judge", "only_error"]
+__all__ = ["CLIENT_CLOSED", "Answer", "answer_for", "judge", "only_cancels", "only_error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,13 @@ def judge(
     if all(_is_in(cancel.reason, own) for cancel in cancels):
         return answer_for(cancels[0].reason)
     return _BROKEN
+
+
+def only_cancels(error: BaseException) -> bool:
+    """Whether ``error`` is a `Cancelled`, or a group of nothing else."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(Cancelled)[1] is None
+    return isinstance(error, Cancelled)
 
 
 def only_error(error: BaseException) -> BaseException:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenscope._core.current import check
+from tokenscope.integrations._answers import only_cancels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -33,6 +34,10 @@ class Head(Protocol):
     @property
     def length(self) -> int | None:
         """How many bytes were announced, if they were."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was told, and cannot be replaced any more."""
 
     def send(self) -> None:
         """Hand the app's status and headers to the server, if that was not done before."""
@@ -116,13 +121,21 @@ class Body:
         if close is not None:
             try:
                 self._request.timed(close)
-            except BaseException as failure:  # judged with the rest; the first error is the one that counts
-                if error is None:
-                    error = failure
-                else:
-                    error.add_note(f"also when the body was closed: {failure!r}")
-        return self._request.end(error, status=self._head.status)
+            except BaseException as failure:  # judged with the rest
+                error = _weightier(error, failure)
+        return self._request.end(error, status=self._head.status, begun=self._head.begun)
 
     def __del__(self) -> None:
         if not self._ended:
-            self._request.drop(drained=self._drained)
+            self._request.drop(drained=self._drained, status=self._head.status, begun=self._head.begun)
+
+
+def _weightier(error: BaseException | None, later: BaseException) -> BaseException:
+    """The first error counts; but what a cancel was the consequence of may be told only when all is closed.
+
+    So a child's failure in a scope inside the body: the step sees a ``Cancelled``, ``close`` raises the failure.
+    """
+    if error is None or (only_cancels(error) and not only_cancels(later)):
+        return later
+    error.add_note(f"also when the body was closed: {later!r}")
+    return error

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["Hangup"]
 
 #: What was told once, so that it is not told again. Bounded: endpoints may be as many as there are paths.
-_told: set[str] = set()
+_told_endpoints: set[str] = set()
+_told_servers: set[str] = set()
 _MOST_TOLD = 1000
+
+
+_NO_MORE = "no more of them are named by this process; the remedy is the same"
 
 
 class Hangup:
@@ -41,7 +45,7 @@ class Hangup:
             self._watch = watch(_connection(environ), self._on_gone, half_close=half_close)
         except (CannotWatch, NotASocket) as why:
             server = str(environ.get("SERVER_SOFTWARE") or "an unnamed server")
-            if _first_time(f"server {server}: {why}"):
+            if _first_time(_told_servers, f"{server}: {why}"):
                 events.emit(events.WatchUnsupported(server, str(why)))
 
     def arm(self) -> None:
@@ -62,8 +66,10 @@ class Hangup:
 
     def complain(self, endpoint: str, remedy: str) -> None:
         """If a hang-up was seen and nobody acted on it, say so once for this endpoint, with the remedy."""
-        if self._gone and not self.armed and _first_time(f"endpoint {endpoint}"):
+        if self._gone and not self.armed and _first_time(_told_endpoints, endpoint):
             events.emit(events.HangupIgnored(endpoint, remedy))
+            if len(_told_endpoints) == _MOST_TOLD:
+                events.emit(events.HangupIgnored(f"any endpoint after these {_MOST_TOLD}", _NO_MORE))
 
     def _on_gone(self) -> None:
         self._gone = True
@@ -81,8 +87,8 @@ def _connection(environ: Mapping[str, Any]) -> Connection:
     return found
 
 
-def _first_time(what: str) -> bool:
-    if what in _told or len(_told) >= _MOST_TOLD:
+def _first_time(told: set[str], what: str) -> bool:
+    if what in told or len(told) >= _MOST_TOLD:
         return False
-    _told.add(what)
+    told.add(what)
     return True

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from tokenscope._core import ambient, clock, events, workers
+from tokenscope._core.errors import DeadlineExceeded
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.report import ScopeReport, TaskCounts
 from tokenscope._core.token import cancel_from_library
@@ -25,10 +26,11 @@ from tokenscope.integrations._answers import Answer, answer_for, judge
 from tokenscope.integrations._hangup import Hangup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
+    from collections.abc import Callable, Iterator, MutableMapping
 
     from tokenscope._core.reasons import CancelReason
     from tokenscope._core.scope import ThreadScope
+    from tokenscope._core.token import CancellationToken
     from tokenscope.integrations._settings import Settings
 
 __all__ = ["SCOPE_KEY", "Part", "Request", "Swapped", "current_request"]
@@ -39,7 +41,10 @@ T = TypeVar("T")
 #: Where a request's scope is found in the environ.
 SCOPE_KEY = "tokenscope.scope"
 
-_REMEDY = "to stop such work, decorate the view with @cancellable, or give the middleware methods='all'"
+_REMEDY = (
+    "to stop such work, decorate the view with @cancellable (below the decorator that sets its route),"
+    " or let methods be 'all'"
+)
 
 #: Cancels by which a scope stops what is left of itself: the request failed or was done, not cancelled.
 _HOUSEKEEPING = (CancelKind.BODY_FAILED, CancelKind.SIBLING_FAILED, CancelKind.SCOPE_ENDED)
@@ -120,7 +125,7 @@ class Request:
         self._settings = settings
         self._context: Context | Runner = copy_context() if context is None else context
         self._parts: list[Part] = []
-        self._work = 0.0  # seconds of the app's own code after the cancel
+        self._work = _LateWork()
         self._context.run(self._enter, environ)
         self.hangup = Hangup(self.scope.token)
 
@@ -142,13 +147,17 @@ class Request:
 
     def timed(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call code of the app's; what it does after the cancel is counted."""
-        start = clock.wall()
-        try:
+        return self.timed_under(self.scope, fn, *args, **kwargs)
+
+    def timed_under(
+        self, scope: ThreadScope | None, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Count what ``fn`` does after the cancel of ``scope``, but not what is timed inside of it.
+
+        None: this is no code of the app's, and nobody counts it.
+        """
+        with self._work.span(None if scope is None else scope.token):
             return fn(*args, **kwargs)
-        finally:
-            reason = self.scope.token.reason
-            if reason is not None:
-                self._work += max(0.0, clock.wall() - max(start, reason.at))
 
     def part(self, environ: MutableMapping[str, Any], timeout: float | None) -> Part:
         """Open a scope inside of the request's, in the request's context."""
@@ -160,14 +169,21 @@ class Request:
     # ------------------------------------------------------------------------------------------------
 
     def end(
-        self, error: BaseException | None, *, status: int = 0, keep_deadline: bool = False
+        self,
+        error: BaseException | None,
+        *,
+        status: int = 0,
+        begun: bool = False,
+        keep_deadline: bool = False,
     ) -> Answer | None:
         """Leave the request's scope with what came of the app. Runs in the request's context, once.
 
         Args:
             error: What the app raised, if it did.
             status: What the app answered, for the log.
-            keep_deadline: Raise the request's own `DeadlineExceeded` instead of answering 504.
+            begun: That went out already: what comes now does not change it.
+            keep_deadline: Raise the request's own `DeadlineExceeded` instead of answering 504. What is made
+                of it is then for the caller to `tell`.
 
         Returns:
             What the client is told instead of the app's own answer, because the request was cancelled; else
@@ -181,12 +197,18 @@ class Request:
         finally:
             self.ended = True
             self.hangup.end()
-        answer, told = None, _BROKEN_STATUS
+        told: int | None = status if begun else _BROKEN_STATUS
         try:
             answer = self._judge(error, keep_deadline=keep_deadline)
-            told = answer.status if answer else status
+            if not begun:
+                told = answer.status if answer else status
+        except DeadlineExceeded as late:
+            if keep_deadline and self.owns(late.reason):
+                told = None
+            raise
         finally:
-            self._tell(told)
+            if told is not None:
+                self.tell(told)
         return answer
 
     def _leave(self, error: BaseException | None) -> BaseException | None:
@@ -208,23 +230,23 @@ class Request:
         kind = CancelKind.CLIENT_DISCONNECTED if gone else CancelKind.SCOPE_ENDED
         cancel_from_library(self.scope.token, "the server closed the response before its end", kind=kind)
 
-    def drop(self, *, drained: bool) -> None:
+    def drop(self, *, drained: bool, status: int, begun: bool) -> None:
         """The body was dropped without ``close()``. For finalizers: another thread leaves the scope.
 
         Not ``threading.Thread``: its ``start()`` waits for locks that this very thread may hold, in whatever
         the finalizer interrupted.
         """
         self.hangup.end()
-        end = functools.partial(self._end_dropped, drained=drained)
+        end = functools.partial(self._end_dropped, drained=drained, status=status, begun=begun)
         with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is on its way out
             _thread.start_new_thread(workers.submit, (end,))
 
-    def _end_dropped(self, *, drained: bool) -> None:
+    def _end_dropped(self, *, drained: bool, status: int, begun: bool) -> None:
         if not drained:
             message = "the response was dropped without close()"
             cancel_from_library(self.scope.token, message, kind=CancelKind.SCOPE_ENDED)
         try:
-            self.run(self.end, None)
+            self.run(functools.partial(self.end, None, status=status, begun=begun))
         except BaseException as error:  # nobody else could be told
             events.emit(events.TaskFailed(self.scope.name, "a dropped response", error))
 
@@ -241,7 +263,8 @@ class Request:
     def _own_reasons(self) -> list[CancelReason]:
         return [scope.token.reason for scope in self._scopes() if scope.token.reason is not None]
 
-    def _tell(self, status: int) -> None:
+    def tell(self, status: int) -> None:
+        """Say once how the request ended, if there is something to say. ``status`` is what was sent."""
         self.hangup.complain(self.endpoint, _REMEDY)
         if not self._parts and not self.scope.token.cancelled:
             return
@@ -264,8 +287,39 @@ class Request:
             orphans=tuple(name for r in reports for name in r.orphans),
             late_events=_sum_up([r.late_events for r in reports]),
             stop_duration=max(0.0, clock.wall() - reason.at),
-            post_cancel_work=self._work + sum(r.post_cancel_work for r in reports),
+            post_cancel_work=self._work.seconds + sum(r.post_cancel_work for r in reports),
         )
+
+
+class _LateWork:
+    """Seconds of the app's own code after the cancel. Spans may stand in one another: each second counts once."""
+
+    __slots__ = ("_depth", "_inner", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+        self._inner: list[tuple[float, float]] = []  # the spans that ended inside of the one that is open
+
+    @contextlib.contextmanager
+    def span(self, token: CancellationToken | None) -> Iterator[None]:
+        """Count this code after the cancel of ``token``, without what is in a span of its own. None: not."""
+        start = clock.wall()
+        before, self._inner = self._inner, []
+        self._depth += 1
+        try:
+            yield
+        finally:
+            end = clock.wall()
+            reason = None if token is None else token.reason
+            if reason is not None:
+                self._count(max(start, reason.at), end)
+            self._depth -= 1
+            self._inner = [*before, (start, end)] if self._depth else []
+
+    def _count(self, start: float, end: float) -> None:
+        elsewhere = sum(max(0.0, b - max(a, start)) for a, b in self._inner)
+        self.seconds += max(0.0, end - start - elsewhere)
 
 
 class Part:
@@ -274,20 +328,25 @@ class Part:
     It may stay open for a stream. While it is open it is what the environ calls the request's scope.
     """
 
-    __slots__ = ("_environ", "_outer", "open", "scope")
+    __slots__ = ("_environ", "_outer", "_request", "open", "scope")
 
     def __init__(self, request: Request, environ: MutableMapping[str, Any], scope: ThreadScope) -> None:
         self.scope = scope.__enter__()
         self.open = True
+        self._request = request
         self._environ = environ
         self._outer = environ.get(SCOPE_KEY, request.scope)
         environ[SCOPE_KEY] = scope
+
+    def timed(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call code of the app's; what it does after this scope's cancel is counted."""
+        return self._request.timed_under(self.scope, fn, *args, **kwargs)
 
     def leave(self, error: BaseException | None) -> BaseException | None:
         """Leave the scope; what came out of it, or None. Once."""
         self.open = False
         self._environ[SCOPE_KEY] = self._outer
-        return left(self.scope, error)
+        return self._request.timed_under(None, left, self.scope, error)
 
     def answer(self) -> Answer | None:
         """The status for a scope that was cancelled by itself and absorbed it."""

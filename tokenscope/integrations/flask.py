@@ -122,14 +122,15 @@ def _dispatch(app: flask.Flask, dispatch: Callable[..., Any], timeout: float | N
     if request is None:  # a request context that was pushed by hand
         return dispatch(*args)
     if flask.request.url_rule is not None:
-        request.endpoint = f"{flask.request.method} {flask.request.url_rule}"
+        mounted = flask.request.environ.get("SCRIPT_NAME", "")
+        request.endpoint = f"{flask.request.method} {mounted}{flask.request.url_rule}"
     return _in_part(app, request, functools.partial(dispatch, *args), timeout)
 
 
 def _in_part(app: flask.Flask, request: Request, call: Callable[[], Any], timeout: float | None) -> Any:
     part = request.part(flask.request.environ, timeout)
     try:
-        response = _as_response(app, call())
+        response = _as_response(app, part.timed(call))
         if _streams(response):
             response.response = _PartBody(part, response.response)
             return response
@@ -163,7 +164,7 @@ class _PartBody:
 
     def __next__(self) -> Any:
         try:
-            return next(self._chunks)
+            return self._part.timed(next, self._chunks)
         except StopIteration:
             self._drained = True
             raise
@@ -178,7 +179,7 @@ class _PartBody:
         if not self._drained and self._error is None:
             self._part.scope.cancel("nobody reads the rest of the response", kind=CancelKind.SCOPE_ENDED)
         try:
-            _close(self._inner)
+            self._part.timed(_close, self._inner)
         except BaseException as error:  # judged with the rest; the first error is the one that counts
             self._error = self._error or error
         outcome = self._part.leave(self._error)
@@ -221,9 +222,19 @@ def _ended_alone(
     except DeadlineExceeded as late:
         if not request.owns(late.reason):
             raise
-        return _too_late(app, late)
+        return _told_late(app, request, late)
     except BaseExceptionGroup as group:
         raise only_error(group) from None
+
+
+def _told_late(app: flask.Flask, request: Request, late: DeadlineExceeded) -> flask.Response:
+    status = GatewayTimeout.code
+    try:
+        response = _too_late(app, late)
+        status = response.status_code
+    finally:
+        request.tell(status)
+    return response
 
 
 class _SentHead:
@@ -239,6 +250,11 @@ class _SentHead:
     @property
     def length(self) -> int | None:
         return self._response.content_length
+
+    @property
+    def begun(self) -> bool:
+        """Always."""
+        return True
 
     def send(self) -> None:
         """Flask does."""

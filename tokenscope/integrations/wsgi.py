@@ -76,8 +76,11 @@ class RequestScopeMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        if current_request() is not None:
-            return self._app(environ, start_response)  # another one is around us: they share its scope
+        outer = current_request()
+        if outer is not None:  # another one is around us: they share its scope
+            if SCOPE_KEY in environ and self._settings.arms(environ.get("REQUEST_METHOD", "GET")):
+                outer.hangup.arm()  # not for a request that a view makes up to call an app
+            return self._app(environ, start_response)
         request = Request(environ, self._settings)
         head = _DeferredHead(start_response, request.hangup.arm)
         return request.run(self._serve, request, environ, head)
@@ -91,7 +94,7 @@ class RequestScopeMiddleware:
             if not _goes_untouched(body, environ):
                 return Body(request, body, head)
         except BaseException as error:
-            return _answered(request.end(error), head)
+            return _answered(request.end(error, status=head.status, begun=head.begun), head)
         return _whole(request, body, head)
 
 
@@ -150,6 +153,11 @@ class _DeferredHead:
         self.length = _announced(headers)
         return self._old_write
 
+    @property
+    def begun(self) -> bool:
+        """See `Head`."""
+        return self._write is not None
+
     def send(self) -> None:
         """See `Head`."""
         if self._write is None and self._said is not None:
@@ -180,7 +188,7 @@ def _whole(request: Request, body: Iterable[bytes], head: _DeferredHead) -> Iter
     answer = None
     failed = True
     try:
-        answer = request.end(None, status=head.status)
+        answer = request.end(None, status=head.status, begun=head.begun)
         failed = False
     finally:
         if failed or answer is not None:

@@ -53,17 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m compat", description="Run the compatibility bench.")
-    parser.add_argument(
-        "--only", metavar="NAME", action="append", help="a peer, its driver or one of its packages"
-    )
+    parser.add_argument("--only", metavar="NAME", action="append", help="a peer, its driver or one of its packages")
     parser.add_argument("--python", metavar="3.12", action="append", help="only the cells of this Python")
-    parser.add_argument(
-        "--quick", action="store_true", help="what pip can install, on this Python; records nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="what pip can install, on this Python; records nothing")
     parser.add_argument("--keep", action="store_true", help="leave environments and logs in compat/.cells")
-    parser.add_argument(
-        "--check", action="store_true", help="run nothing: do matrix, results and pages agree?"
-    )
+    parser.add_argument("--check", action="store_true", help="run nothing: do matrix, results and pages agree?")
     parser.add_argument("--write-page", action="store_true", help="run nothing: write docs/support.md again")
     return parser.parse_args(arguments)
 
@@ -109,8 +103,7 @@ def _line(record: dict[str, Any]) -> str:
     """One line to send to somebody."""
     seconds = {step["step"]: step["seconds"] for step in record.get("steps", ()) if "seconds" in step}
     ran = " ".join(
-        f"{package}={record.get('ran', {}).get(package, version)}"
-        for package, version in record["versions"].items()
+        f"{package}={record.get('ran', {}).get(package, version)}" for package, version in record["versions"].items()
     )
     told = [
         record["status"],

@@ -73,9 +73,7 @@ def _untrue(matrix: Matrix, record: Record, version: str) -> Iterator[str]:
             yield f"results.json: {key} passed, but {step['step']!r} is {step['status']!r}, not {allowed!r}"
 
 
-def _unproven_minimums(
-    matrix: Matrix, records: Sequence[Record], project: Mapping[str, Any]
-) -> Iterator[str]:
+def _unproven_minimums(matrix: Matrix, records: Sequence[Record], project: Mapping[str, Any]) -> Iterator[str]:
     """A minimum in pyproject.toml names the series of the oldest version in the matrix, which passes."""
     minimums = _minimums(project)
     for package in dict.fromkeys(package for peer in matrix.peers for package in peer.packages):

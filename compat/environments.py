@@ -49,15 +49,12 @@ class Environment:
     python: str
     requirements: dict[str, str] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
-    versions: dict[str, str] = field(
-        default_factory=dict
-    )  # what `make` asked pip for: nothing is "latest" any more
+    versions: dict[str, str] = field(default_factory=dict)  # what `make` asked pip for: nothing is "latest" any more
 
     def takes(self, cell: Cell) -> bool:
         """Take the cell in, if all its versions are here or were not asked for yet."""
         fits = self.python == cell.python and all(
-            self.requirements.get(package, version) == version
-            for package, version in cell.requirements.items()
+            self.requirements.get(package, version) == version for package, version in cell.requirements.items()
         )
         if fits:
             self.requirements |= cell.requirements

@@ -109,9 +109,7 @@ def load(path: Path = FILE) -> Matrix:
     if len(peers) != len(data["peer"]):
         raise ValueError("two peers have the same name")
     bench = data["bench"]
-    matrix = Matrix(
-        peers[bench["server"]], peers[bench["client"]], tuple(bench["packages"]), tuple(peers.values())
-    )
+    matrix = Matrix(peers[bench["server"]], peers[bench["client"]], tuple(bench["packages"]), tuple(peers.values()))
     keys = [cell.key for cell in matrix.cells]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ValueError(f"cells that are there twice: {', '.join(sorted(twice))}")

@@ -87,9 +87,7 @@ def _tables(matrix: Matrix, records: Sequence[Record]) -> Iterator[str]:
             if record["cell"] in cells and cells[record["cell"]].peer.kind == kind
         ]
         yield f"## {title}\n"
-        yield _table(
-            [kind, "Python", "result", *(f"{heading}, ms" for heading in _COLUMNS.values()), "seen"], rows
-        )
+        yield _table([kind, "Python", "result", *(f"{heading}, ms" for heading in _COLUMNS.values()), "seen"], rows)
 
 
 def _row(cell: Cell, record: Record) -> list[str]:
@@ -126,9 +124,7 @@ def _unhappy(records: Sequence[Record]) -> Iterator[str]:
         ("missing", "What could not be run"),
         ("not applicable", "What excludes each other"),
     ):
-        found = [
-            f"- {record['cell']}: {record.get('reason')}" for record in records if record["status"] == status
-        ]
+        found = [f"- {record['cell']}: {record.get('reason')}" for record in records if record["status"] == status]
         if found:
             yield f"## {title}\n"
             yield "\n".join(found) + "\n"

@@ -90,9 +90,7 @@ class Bench:
 
     def _scenario(self, interpreter: Path, todo: Path, done: Path) -> str:
         """Tell the story in a process of the environment; the last line that it said in its despair."""
-        environ = {
-            name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}
-        }
+        environ = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
         process = subprocess.Popen(
             [interpreter, "-m", "compat.scenario", todo, done],
             cwd=self._folder,

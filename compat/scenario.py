@@ -57,9 +57,7 @@ class Step:
 STEPS: list[Step] = []
 
 
-def step(
-    name: str, claim: str
-) -> Callable[[Callable[[Story], float | None]], Callable[[Story], float | None]]:
+def step(name: str, claim: str) -> Callable[[Callable[[Story], float | None]], Callable[[Story], float | None]]:
     """Make a method the next step of the story. It returns seconds, if there is something to measure."""
 
     def add(tell: Callable[[Story], float | None]) -> Callable[[Story], float | None]:
@@ -214,9 +212,7 @@ class Story:
         ends = self._ends(visit, self._children, "client_disconnected")
         joined = self.server.journal.expect("joined", visit=visit)
         assert joined["left"] == 0, f"{joined['left']} children are left after the join"
-        return HangUp(
-            max(end["at"] for end in ends) - left, joined["at"] - left, self._left(visit, self._calls) - left
-        )
+        return HangUp(max(end["at"] for end in ends) - left, joined["at"] - left, self._left(visit, self._calls) - left)
 
     def _leave_a_stream(self) -> float:
         """One visitor reads the beginning of a stream, and leaves; seconds until all of it has ended."""

@@ -73,9 +73,7 @@ class Server:
         patience: See `PATIENCE`.
     """
 
-    def __init__(
-        self, driver: Sequence[str], environ: dict[str, str], log: Path, patience: float = PATIENCE
-    ) -> None:
+    def __init__(self, driver: Sequence[str], environ: dict[str, str], log: Path, patience: float = PATIENCE) -> None:
         self._driver = driver
         self._environ = environ
         self._log = log

@@ -99,9 +99,7 @@ def running() -> set[Runner]:
     The stand-ins that `threading` makes up for those may come at any time: the identifier speaks for them.
     """
     known: dict[int | None, Runner] = {
-        thread.ident: thread
-        for thread in threading.enumerate()
-        if not isinstance(thread, threading._DummyThread)
+        thread.ident: thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)
     }
     runners = {known.get(ident, ident) for ident in sys._current_frames()}
     return {runner for runner in runners if not name_of(runner).startswith(PARKED)}

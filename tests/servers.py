@@ -129,9 +129,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def send(
-        self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None
-    ) -> None:
+    def send(self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> None:
         """Send a request; `headers` may announce more body than there is."""
         lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
         headers = dict(headers or {})

@@ -126,11 +126,7 @@ def tell(story: Story) -> list[str]:
     return done.stdout.split("\x1e")[:-1]
 
 
-ALL = [
-    story
-    for page in PAGES
-    for story in stories(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8"))
-]
+ALL = [story for page in PAGES for story in stories(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("story", ALL, ids=str)

@@ -44,9 +44,7 @@ def expected(source: str) -> str | None:
     """Return the output promised in the comment that ends a program, if it has one."""
     trailer = TRAILER.search(source)
     if trailer is None:
-        assert "expected output" not in source.lower(), (
-            "`# Expected output:` must head the last lines of the file"
-        )
+        assert "expected output" not in source.lower(), "`# Expected output:` must head the last lines of the file"
         return None
     return re.sub(r"^# ?", "", trailer["lines"], flags=re.MULTILINE)
 

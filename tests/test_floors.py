@@ -182,9 +182,7 @@ def judge_foreign(mine: str, used: Import) -> str | None:
 def cycle(sources: Mapping[str, str]) -> list[str] | None:
     """Return a ring of modules that need each other in order to load, if there is one."""
     graph = {
-        module: {
-            used.module for used in imports(module, sources) if used.at_the_top and used.module != module
-        }
+        module: {used.module for used in imports(module, sources) if used.at_the_top and used.module != module}
         for module in sources
     }
     try:
@@ -209,9 +207,7 @@ def test_the_package_is_being_read():
     """An empty list of breaches is not an empty list of files."""
     sources = read_package()
     assert {"tokenscope", "tokenscope._core._primitives", "tokenscope._core.token"} <= sources.keys()
-    assert any(
-        used.module == "tokenscope._core._primitives" for used in imports("tokenscope._core.timer", sources)
-    )
+    assert any(used.module == "tokenscope._core._primitives" for used in imports("tokenscope._core.timer", sources))
 
 
 TOKEN, TIMER, WSGI, FLASK = (

@@ -10,9 +10,7 @@ from leaks import can_see_descriptors
 
 HERE = Path(__file__).parent
 
-needs_descriptors = pytest.mark.skipif(
-    not can_see_descriptors(), reason="the system does not show descriptors"
-)
+needs_descriptors = pytest.mark.skipif(not can_see_descriptors(), reason="the system does not show descriptors")
 
 
 @pytest.fixture
@@ -50,9 +48,7 @@ def test_a_thread_left_behind_fails_the_test_that_left_it_and_no_other(suite):
     """A leaked thread is told by name and stack, and the tests after it are not blamed."""
     result = run(suite, THREAD)
     result.assert_outcomes(passed=3, errors=1)
-    result.stdout.fnmatch_lines(
-        ["*ERROR at teardown of test_leaves*", "*thread forgotten*", "*wait_for_a_stop*"]
-    )
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_leaves*", "*thread forgotten*", "*wait_for_a_stop*"])
 
 
 def test_a_thread_unknown_to_threading_is_seen(suite):

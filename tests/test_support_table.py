@@ -162,9 +162,7 @@ def test_a_limit_needs_a_step_a_reason_and_a_link(agreement, copy):
     assert any("needs a reason and a link" in sentence for sentence in found)
 
 
-@pytest.mark.parametrize(
-    "page", sorted((ROOT / "tokenscope" / "integrations").glob("[!_]*.py")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("page", sorted((ROOT / "tokenscope" / "integrations").glob("[!_]*.py")), ids=lambda p: p.stem)
 def test_an_integration_names_cells_that_exist(agreement, page):
     """The `compat:` line at the head of an integration points into the matrix."""
     matrix = agreement.load(ROOT / "compat" / "matrix.toml")

@@ -18,6 +18,8 @@ from tokenscope._core import events
 from tokenscope._core.timer import timer
 from tokenscope._core.workers import on_thread_release, workers
 
+pytestmark = pytest.mark.timeout(60, method="thread")  # the other method needs the signal that is used here
+
 EVERY = 200e-6
 #: Seconds that one storm lasts.
 STORM = 1.5
@@ -283,6 +285,65 @@ class _Dropping(float):
         if threading.current_thread().name == "tokenscope-timer" and float(self) <= other:
             self.alarm.box.clear()
         return float(self) <= other
+
+
+class Hooked(set):
+    """A set that calls something in the middle of the section in which it is added to."""
+
+    hook = staticmethod(int)
+
+    def add(self, item):
+        self.hook()
+        super().add(item)
+
+
+@pytest.mark.parametrize("section", ["child", "linked", "wait"])
+def test_a_finalizer_never_waits_for_another_tree(section):
+    """In the middle of a section of one tree it uses another, which is locked: what it wants is done by the holder."""
+    one, two = CancellationToken(), CancellationToken()
+    running = CancellationToken()
+    inside, go_on, called = threading.Event(), threading.Event(), []
+    slow = running.on_cancel(lambda: (inside.set(), go_on.wait(WAIT)))
+    two.on_cancel(called.append, 1)
+
+    def finalize():
+        assert two.cancel() is False
+        assert slow.close() is False  # it runs on another thread, which is not waited for
+
+    one.child().wait(0)
+    one.wait(0)
+    refs = one._more.wakes if section == "wait" else one._down
+    refs.refs = Hooked()
+    refs.refs.hook = finalize
+    holding = threading.Event()
+
+    def hold():
+        two._tree.run(lambda: (holding.set(), go_on.wait(WAIT)) and None)
+
+    with crowd(hold, running.cancel):
+        assert holding.wait(WAIT)
+        assert inside.wait(WAIT)
+        {"child": one.child, "linked": lambda: CancellationToken.linked(one), "wait": lambda: one.wait(0)}[section]()
+        assert not two.cancelled
+        assert not go_on.is_set()
+        go_on.set()
+    assert two.cancelled
+    assert called == [1]
+
+
+def test_a_registration_closed_before_it_was_armed_keeps_nothing():
+    """A handler that registers in the middle of a section and closes at once leaves no pin behind."""
+    token = CancellationToken()
+    called = []
+    with token._tree.enter():
+        kept = token.on_cancel(called.append, "kept")
+        assert token.on_cancel(called.append, "closed").close() is True
+    token.child()
+    assert len(token._more.regs) == 1
+    kept.close()
+    assert not token._tree.pinned
+    token.cancel()
+    assert called == []
 
 
 def test_jobs_submitted_by_handlers_run():

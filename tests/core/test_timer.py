@@ -43,7 +43,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def nothing_ticks():
-    """Take out what earlier tests left ticking: a token with a callback is kept until its deadline, an hour from now."""
+    """Take out what earlier tests left ticking: a token with a callback is kept until its deadline."""
     with timer.enter():
         timer.heap.clear()
         timer.stale.clear()

@@ -172,9 +172,7 @@ def through_tunnel(bench: Bench) -> Iterator[Stage]:
     proxy = bench.exits.enter_context(Peer(play.tunnels))
     peer, session = bench.peer(play.hangs_before_headers), bench.session()
     session.proxies = {"https": proxy.url()}
-    yield Stage(
-        lambda: session.get(peer.url(), timeout=bench.timeout), lambda _: wait_for(peer.reached), peer
-    )
+    yield Stage(lambda: session.get(peer.url(), timeout=bench.timeout), lambda _: wait_for(peer.reached), peer)
 
 
 @contextmanager
@@ -194,9 +192,7 @@ def redirect_target(bench: Bench) -> Iterator[Stage]:
     """The first server redirects to one that hangs."""
     target = bench.peer(play.hangs_before_headers)
     first, session = bench.peer(play.redirects_to(target.url())), bench.session()
-    yield Stage(
-        lambda: session.get(first.url(), timeout=bench.timeout), lambda _: wait_for(target.reached), target
-    )
+    yield Stage(lambda: session.get(first.url(), timeout=bench.timeout), lambda _: wait_for(target.reached), target)
 
 
 def retried(script: play.Script, requests: int, **policy: Any) -> Phase:
@@ -208,9 +204,7 @@ def retried(script: play.Script, requests: int, **policy: Any) -> Phase:
         peer, session = bench.peer(script), bench.session(max_retries=retries)
         yield Stage(
             lambda: session.get(peer.url(), timeout=bench.timeout),
-            lambda attempt: wait_until(
-                lambda: blocked_in(attempt.thread, "_pause") and peer.requests == requests
-            ),
+            lambda attempt: wait_until(lambda: blocked_in(attempt.thread, "_pause") and peer.requests == requests),
             peer,
             requests,
             sees_close=False,  # the answer was complete: the connection is idle in the pool

@@ -286,9 +286,7 @@ def test_events_name_where_the_app_is_mounted() -> None:
 
 @pytest.mark.parametrize("waits_for", ["child", "cleanup"])
 @pytest.mark.parametrize("streams", [False, True])
-def test_waiting_for_children_and_cleanups_is_no_work_of_the_views(
-    setup: str, waits_for: str, streams: bool
-) -> None:
+def test_waiting_for_children_and_cleanups_is_no_work_of_the_views(setup: str, waits_for: str, streams: bool) -> None:
     """A view that stops at once has done nothing after the cancel, however long its scope takes to end."""
 
     def linger() -> None:
@@ -509,7 +507,6 @@ def test_a_stream_cut_before_its_first_byte_is_not_for_the_error_handlers(setup:
 
 def test_a_deadline_is_logged_with_the_status_of_its_handler(setup: str) -> None:
     """The log has what was sent, whoever decided it."""
-
     told: list[Any] = []
     unsubscribe = events.subscribe(told.append, events.RequestCancelled)
     try:

@@ -160,9 +160,7 @@ def test_descriptors_are_closed_in_any_order(tls):
         assert peer.closed.wait(5)
 
 
-@pytest.mark.skipif(
-    not hasattr(urllib3.HTTPResponse, "shutdown"), reason="urllib3 < 2.3 has no response.shutdown()"
-)
+@pytest.mark.skipif(not hasattr(urllib3.HTTPResponse, "shutdown"), reason="urllib3 < 2.3 has no response.shutdown()")
 def test_shutdown_of_a_response_stays_below_tls(tls):
     """Trap 6: urllib3's `response.shutdown()` drops TLS under a reader; ours only ends the stream."""
     with Peer(play.hangs_in_body("until-close"), tls=tls) as peer, session_for(tls) as session:

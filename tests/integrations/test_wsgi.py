@@ -427,9 +427,7 @@ def group(*raisers: Callable[[], object]) -> None:
     raise BaseExceptionGroup("several", errors)
 
 
-@pytest.mark.parametrize(
-    "view", [foreign, lambda: group(foreign), lambda: group(lambda: group(foreign, foreign))]
-)
+@pytest.mark.parametrize("view", [foreign, lambda: group(foreign), lambda: group(lambda: group(foreign, foreign))])
 def test_a_foreign_cancel_becomes_a_500_and_an_event(view: Callable[[], None]) -> None:
     """A Cancelled that is not the request's own stops here, and the event names where it came from."""
     with heard(events.ForeignCancel) as told, Exchange(app_of(view), path="/f") as ask:
@@ -895,21 +893,23 @@ def test_what_a_body_raises_in_close_is_judged_like_the_rest() -> None:
     assert "closing" in caught.value.__notes__[0]
 
 
-def test_a_failure_told_in_close_outweighs_the_cancel_it_caused() -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_failure_told_in_close_outweighs_the_cancel_it_caused(grouped: bool) -> None:
     """A body with a scope inside: the step saw only a cancel, close() has the child's failure, which goes on."""
 
     class Scoped:
         def __iter__(self) -> Iterator[bytes]:
             yield b"a"
             current_scope().cancel()
-            group(tokenscope.check) if grouped else tokenscope.check()
+            if grouped:
+                group(tokenscope.check)
+            tokenscope.check()
 
         def close(self) -> None:
             raise ZeroDivisionError
 
-    for grouped in (False, True):
-        with Exchange(app_of(Scoped)) as ask, pytest.raises(ZeroDivisionError):
-            ask.serve()
+    with Exchange(app_of(Scoped)) as ask, pytest.raises(ZeroDivisionError):
+        ask.serve()
 
 
 def test_write_begins_the_response_too() -> None:

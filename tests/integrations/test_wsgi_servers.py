@@ -180,9 +180,7 @@ def test_a_begun_stream_of_a_post_is_stopped(server: Server, upstream: Peer) -> 
     wait_for_peace(server, upstream)
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("foreign", 500), ("foreign_group", 500), ("own", 503), ("fail", 500)]
-)
+@pytest.mark.parametrize(("name", "status"), [("foreign", 500), ("foreign_group", 500), ("own", 503), ("fail", 500)])
 def test_no_cancel_harms_the_worker(server: Server, name: str, status: int) -> None:
     """Cancels of every origin become an answer; the process lives, and who else it serves is undisturbed."""
     pid = held(server)["pid"]
@@ -209,9 +207,7 @@ def test_a_cancel_in_a_stream_ends_it_quietly(server: Server, name: str) -> None
 
 
 @pytest.mark.parametrize(("name", "status", "body"), [("fail_early", 500, b""), ("fail_late", 200, b"first")])
-def test_a_stream_whose_child_failed_does_not_look_whole(
-    server: Server, name: str, status: int, body: bytes
-) -> None:
+def test_a_stream_whose_child_failed_does_not_look_whole(server: Server, name: str, status: int, body: bytes) -> None:
     """The server is told the failure: it logs it, and answers 500 or tears the stream."""
     before = server.log.read_text().count("ZeroDivisionError")
     answer = server.ask(f"/{name}/1")

@@ -44,9 +44,7 @@ class Attempt:
 
     def _join(self, timeout: float) -> None:
         self.thread.join(timeout)
-        assert not self.thread.is_alive(), (
-            f"still blocked after {timeout} s:\n{''.join(stack_of(self.thread))}"
-        )
+        assert not self.thread.is_alive(), f"still blocked after {timeout} s:\n{''.join(stack_of(self.thread))}"
 
     def failure(self, timeout: float = 5.0) -> BaseException:
         """Wait for the end and return what the call raised."""

@@ -6,9 +6,7 @@ import socket
 from pathlib import Path
 from typing import Self
 
-_FILLERS = (
-    4  # with a backlog of 0, Linux lets one or two in; the others are in SYN_SENT, as the next one will be
-)
+_FILLERS = 4  # with a backlog of 0, Linux lets one or two in; the others are in SYN_SENT, as the next one will be
 _SYN_SENT = "02"
 
 

@@ -36,9 +36,7 @@ BODIES: dict[str, tuple[bytes, bytes]] = {
 # --- scripts that answer ------------------------------------------------------------------------------------
 
 
-def answers(
-    body: bytes = b"hello", *, status: str = "200 OK", headers: Mapping[str, str] | None = None
-) -> Script:
+def answers(body: bytes = b"hello", *, status: str = "200 OK", headers: Mapping[str, str] | None = None) -> Script:
     """Answer the request, and keep the connection."""
     head = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     answer = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{head}\r\n".encode() + body

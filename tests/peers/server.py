@@ -177,8 +177,7 @@ class Exchange:
         lines = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         method, target, _version = lines[0].split(" ")
         headers = {
-            name.lower(): value.strip()
-            for name, _, value in (line.partition(":") for line in lines[1:] if line)
+            name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)
         }
         with self.peer._lock:
             self.peer.requests += 1

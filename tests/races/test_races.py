@@ -12,6 +12,7 @@ import scenarios
 from scheduler import Exhaustive, Inject, Random, Replay, assert_safe
 
 from tokenscope import CancellationToken, ThreadScope
+from tokenscope._core import workers
 
 #: How many times as many schedules as usual; for a night.
 EFFORT = int(os.environ.get("TOKENSCOPE_RACES", "1"))
@@ -99,10 +100,11 @@ class Stage:
             self.scope._token._expire()
 
 
-def walk(scenario, action):
+def walk(scenario, action, always=None):
     """Inject the action at the first actor's first pause, then its second ...; how many there were."""
     for at in count(1):
         strategies = [Replay()] if at % 4 else [Replay(), Random(EFFORT, seed=at)]
+        strategies += [always()] if always else []
         injections = []
 
         def inject(at=at, injections=injections):

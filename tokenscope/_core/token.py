@@ -124,8 +124,8 @@ class CancellationToken:
         if below is None or tree.pid != getpid() or tree.owned():
             tree.run(tree.link_locked, self, token)
         else:
-            # Linked first, then looked: a cancel sets the flag and descends in one locked section, so it either finds the
-            # token or has been seen here.
+            # Linked first, then looked: a cancel sets the flag and descends in one locked section, so it either finds
+            # the token or has been seen here.
             with tree.lock: below.refs.add(_ref(token, below.bury))
             if self._cut is not None or tree.inbox or tree.unfinished:
                 tree.run(tree.link_locked, self, token)
@@ -397,6 +397,7 @@ class _DeadlineAlarm(timer.Alarm):
             token._expire()
 
 
+_primitives.inline_sections.append(CancellationToken.child.__code__)
 _bare = object.__new__
 _ref = weakref.ref
 

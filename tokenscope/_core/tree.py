@@ -86,8 +86,8 @@ class Wakeup(Protocol):
 class Flock(Generic[T]):
     """Some objects, weakly: a token's children, or what is blocked on it. Under the tree's lock, but for the dead.
 
-    Who dies takes itself out, at any time and on any thread: by ``set.discard``, one step in C, which takes no lock and runs
-    no code of ours. Hence who wants to look at all of them looks at a copy (one step in C as well).
+    Who dies takes itself out, at any time and on any thread: by ``set.discard``, one step in C, which takes no lock
+    and runs no code of ours. Hence who wants to look at all of them looks at a copy (one step in C as well).
 
     Not a ``weakref.WeakSet``: that costs 1,100 bytes and runs Python code in finalizers.
     """

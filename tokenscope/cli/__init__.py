@@ -62,13 +62,9 @@ def _describe_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--rate", type=_at_least(1), default=50, metavar="N", help="tokens a second and call (default: 50)"
     )
-    demo.add_argument(
-        "--price", type=float, default=10.0, metavar="USD", help="of a million tokens (default: 10)"
-    )
+    demo.add_argument("--price", type=float, default=10.0, metavar="USD", help="of a million tokens (default: 10)")
     demo.add_argument("--json", action="store_true", help="print the receipt as JSON")
-    demo.add_argument(
-        "--serve", action="store_true", help="only serve the app, for curl and your own clients"
-    )
+    demo.add_argument("--serve", action="store_true", help="only serve the app, for curl and your own clients")
     demo.add_argument(
         "--port", type=_at_least(0), default=8000, metavar="N", help="for --serve (default: 8000; 0: any)"
     )

@@ -86,9 +86,7 @@ def settle(model: ChildServer, app: ChildServer) -> None:
     end = time.monotonic() + SETTLES
     while time.monotonic() < end:
         calls, jobs = model.ask("/ledger"), app.ask("/desk")["jobs"]
-        if all(call["closed"] is not None for call in calls) and all(
-            job["ended"] is not None for job in jobs
-        ):
+        if all(call["closed"] is not None for call in calls) and all(job["ended"] is not None for job in jobs):
             return
         tokenscope.sleep(0.1)
 

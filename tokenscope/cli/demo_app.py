@@ -63,9 +63,7 @@ def scoped_chat(desk: Desk, environ: WSGIEnvironment, start_response: StartRespo
 class Recorded:
     """A response body that tells when it ended. Outside of everything else, so the same for both apps."""
 
-    def __init__(
-        self, doing: contextlib.AbstractContextManager[None], serve: Callable[[], Iterable[bytes]]
-    ) -> None:
+    def __init__(self, doing: contextlib.AbstractContextManager[None], serve: Callable[[], Iterable[bytes]]) -> None:
         self._doing = contextlib.ExitStack()
         self._doing.enter_context(doing)
         try:

@@ -74,9 +74,7 @@ class Desk:
         ) as response:
             response.raise_for_status()
             for line in response.iter_lines():
-                word = line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["delta"].get(
-                    "content"
-                )
+                word = line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content")
                 if word:
                     yield word
 

@@ -95,9 +95,7 @@ def main(fd: str, kind: str, model: str, style: str) -> None:
     # Through SystemExit: a server that is not told to stop stops so, and says goodbye to its threads.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     pid = os.getpid()
-    threading.Thread(
-        target=end_with_parent, args=(lambda: os.kill(pid, signal.SIGTERM),), daemon=True
-    ).start()
+    threading.Thread(target=end_with_parent, args=(lambda: os.kill(pid, signal.SIGTERM),), daemon=True).start()
     _SERVE[kind](make_app(model, scoped=style != "plain"), socket.socket(fileno=int(fd)))
 
 

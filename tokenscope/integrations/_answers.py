@@ -57,9 +57,7 @@ def answer_for(reason: CancelReason) -> Answer:
     return _BY_KIND.get(reason.kind, _BROKEN)
 
 
-def judge(
-    error: BaseException, own: Collection[CancelReason], where: str, *, keep_deadline: bool = False
-) -> Answer:
+def judge(error: BaseException, own: Collection[CancelReason], where: str, *, keep_deadline: bool = False) -> Answer:
     """The answer for what came out of a request's scope.
 
     Args:

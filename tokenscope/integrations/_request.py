@@ -112,9 +112,7 @@ class Request:
         "scope",
     )
 
-    def __init__(
-        self, environ: MutableMapping[str, Any], settings: Settings, *, context: Runner | None = None
-    ) -> None:
+    def __init__(self, environ: MutableMapping[str, Any], settings: Settings, *, context: Runner | None = None) -> None:
         method = environ.get("REQUEST_METHOD", "GET")
         #: For people: names the scope, the events and the log line. A framework may put its route here.
         self.endpoint = f"{method} {environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
@@ -149,9 +147,7 @@ class Request:
         """Call code of the app's; what it does after the cancel is counted."""
         return self.timed_under(self.scope, fn, *args, **kwargs)
 
-    def timed_under(
-        self, scope: ThreadScope | None, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    def timed_under(self, scope: ThreadScope | None, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Count what ``fn`` does after the cancel of ``scope``, but not what is timed inside of it.
 
         None: this is no code of the app's, and nobody counts it.
@@ -279,9 +275,7 @@ class Request:
         return replace(
             first,
             reason=reason,
-            tasks=TaskCounts(
-                *(sum(getattr(r.tasks, slot) for r in reports) for slot in TaskCounts.__slots__)
-            ),
+            tasks=TaskCounts(*(sum(getattr(r.tasks, slot) for r in reports) for slot in TaskCounts.__slots__)),
             errors=tuple({id(error): error for r in reports for error in r.errors}.values()),
             stragglers={name: stack for r in reports for name, stack in r.stragglers.items()},
             orphans=tuple(name for r in reports for name in r.orphans),
@@ -360,15 +354,11 @@ _BROKEN_STATUS = 500
 def left(scope: ThreadScope, error: BaseException | None) -> BaseException | None:
     """Leave ``scope`` with ``error``; what comes out of it, or None."""
     try:
-        absorbed = scope.__exit__(
-            type(error) if error else None, error, error.__traceback__ if error else None
-        )
+        absorbed = scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
     except BaseException as raised:  # the outcome: whoever called decides what becomes of it
         return raised
     return None if absorbed else error
 
 
 def _sum_up(counts: list[Any]) -> dict[str, int]:
-    return {
-        what: sum(c.get(what, 0) for c in counts) for what in dict.fromkeys(key for c in counts for key in c)
-    }
+    return {what: sum(c.get(what, 0) for c in counts) for what in dict.fromkeys(key for c in counts for key in c)}

@@ -55,9 +55,7 @@ class Settings:
 
 def _check_timeout(timeout: object) -> None:
     if clock.validate_timeout(timeout) == 0:
-        raise ValueError(
-            "timeout must be more than 0 seconds, or None for no limit: 0 would end every request at once"
-        )
+        raise ValueError("timeout must be more than 0 seconds, or None for no limit: 0 would end every request at once")
 
 
 def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:

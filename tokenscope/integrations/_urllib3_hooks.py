@@ -47,9 +47,7 @@ def check_hooks() -> None:
         )
     missing = list(_missing_hooks())
     if missing:
-        raise ImportError(
-            f"urllib3 {VERSION} is not supported: it has no {', '.join(missing)}; use urllib3>=1.26,<3"
-        )
+        raise ImportError(f"urllib3 {VERSION} is not supported: it has no {', '.join(missing)}; use urllib3>=1.26,<3")
     refuse_http2()
 
 

@@ -46,7 +46,7 @@ class GuardedPool(_Base):
         super().__init__(*args, **kwargs)
 
     @override
-    def urlopen(  # type: ignore[override]  # noqa: PLR0917 - urllib3's own signature
+    def urlopen(  # type: ignore[override]
         self,
         method: str,
         url: str,
@@ -67,9 +67,7 @@ class GuardedPool(_Base):
         token = current_token()
         token.check()
         try:
-            return super().urlopen(
-                method, url, body, headers, cancellable(retries), redirect, *args, **kwargs
-            )
+            return super().urlopen(method, url, body, headers, cancellable(retries), redirect, *args, **kwargs)
         except Exception as error:
             # Also the wait for a slot ends here: as EmptyPoolError, for which alone urllib3 puts no slot
             # back.

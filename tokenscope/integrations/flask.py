@@ -139,9 +139,7 @@ def _in_part(app: flask.Flask, request: Request, call: Callable[[], Any], timeou
     return _concluded(app, request, part, part.leave(None)) or response
 
 
-def _concluded(
-    app: flask.Flask, request: Request, part: Part, error: BaseException | None
-) -> flask.Response | None:
+def _concluded(app: flask.Flask, request: Request, part: Part, error: BaseException | None) -> flask.Response | None:
     if error is None:
         return _bare(app, part.answer())
     if isinstance(error, DeadlineExceeded) and request.owns(error.reason):
@@ -214,9 +212,7 @@ def _serve_alone(app: flask.Flask, request: Request, environ: dict[str, Any], ca
     return _ended_alone(app, request, None, response.status_code) or response
 
 
-def _ended_alone(
-    app: flask.Flask, request: Request, error: BaseException | None, status: int
-) -> flask.Response | None:
+def _ended_alone(app: flask.Flask, request: Request, error: BaseException | None, status: int) -> flask.Response | None:
     try:
         return _bare(app, request.end(error, status=status, keep_deadline=True))
     except DeadlineExceeded as late:

@@ -114,9 +114,7 @@ def cancellable(view: Callable[P, T]) -> Callable[P, T]:
     def armed(*args: P.args, **kwargs: P.kwargs) -> T:
         request = current_request()
         if request is None:
-            raise LookupError(
-                "@cancellable needs a RequestScopeMiddleware around the app; there is none here"
-            )
+            raise LookupError("@cancellable needs a RequestScopeMiddleware around the app; there is none here")
         request.hangup.arm()
         return view(*args, **kwargs)
 

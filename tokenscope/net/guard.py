@@ -92,21 +92,11 @@ class Guard:
         self._explicit = False  # whoever reads asked for this token (`Session(token=...)`)
         self._uploading = False  # the owner is inside of a write
         self._rung = False  # a mark: a canceller called
-        self._holders = [
-            None
-        ]  # one entry each for the connection and its open files; append and pop are atomic
+        self._holders = [None]  # one entry each for the connection and its open files; append and pop are atomic
         self._pid = _primitives.getpid()
 
     def __repr__(self) -> str:
-        state = (
-            "closed"
-            if not self._holders
-            else "fired"
-            if self._fired
-            else "attached"
-            if self._token
-            else "idle"
-        )
+        state = "closed" if not self._holders else "fired" if self._fired else "attached" if self._token else "idle"
         return f"<Guard of fd {self._dup.fileno()}, {state}>"
 
     def __del__(self) -> None:

@@ -72,9 +72,7 @@ def abandoned() -> int:
     return sum(lookup.pid == here for lookup in tuple(_stuck))
 
 
-def resolve(
-    host: str, port: int, *, token: tokens.CancellationToken, family: int = socket.AF_UNSPEC
-) -> list[Address]:
+def resolve(host: str, port: int, *, token: tokens.CancellationToken, family: int = socket.AF_UNSPEC) -> list[Address]:
     """Look up the stream addresses of a name; addresses in digits are answered without a thread.
 
     Args:

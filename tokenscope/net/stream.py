@@ -69,9 +69,7 @@ class GuardedSocket:
             ValueError: Any mode but ``"rb"``: such a file would block where no cancel reaches it.
         """
         if mode not in {"rb", "br"}:
-            raise ValueError(
-                f"a guarded socket opens files in mode 'rb' only, not {mode!r}; write with sendall()"
-            )
+            raise ValueError(f"a guarded socket opens files in mode 'rb' only, not {mode!r}; write with sendall()")
         reader = GuardedReader(self._sock.makefile("rb", 0, **options), self._guard)
         if buffering == 0:
             return reader

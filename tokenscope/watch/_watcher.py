@@ -244,9 +244,7 @@ def supported() -> bool:
     return hasattr(select, "epoll")
 
 
-def watch(
-    connection: Connection, on_gone: Callable[[], object], *, half_close: HalfClose = "cancel"
-) -> Watch:
+def watch(connection: Connection, on_gone: Callable[[], object], *, half_close: HalfClose = "cancel") -> Watch:
     """Call ``on_gone()`` once, on another thread, when the peer of ``connection`` has gone.
 
     It must be quick and must not block: it holds up the news of all other hang-ups. An error in it is emitted

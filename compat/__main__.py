@@ -37,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write_page:
         report.write([])
         return 0
-    cells = _select(load(), options)
+    matrix = load()
+    cells = _select(matrix, options)
     if not cells:
-        print("matrix.toml has no such cell", file=sys.stderr)
+        print(f"matrix.toml has no such cell; --only takes one of: {', '.join(_names(matrix))}", file=sys.stderr)
         return 2
     try:
         records = _run(cells, keep=options.keep)
@@ -78,6 +79,11 @@ def _select(matrix: Matrix, options: argparse.Namespace) -> list[Cell]:
         and (not pythons or cell.python in pythons)
         and not (options.quick and cell.peer.needs)
     ]
+
+
+def _names(matrix: Matrix) -> list[str]:
+    """What `--only` knows: see `Cell.answers_to`."""
+    return sorted({name for cell in matrix.cells for name in (cell.peer.name, cell.peer.driver[0], *cell.versions)})
 
 
 def _run(cells: list[Cell], *, keep: bool) -> list[dict[str, Any]]:

@@ -85,6 +85,37 @@ def test_a_server_that_dies_is_told_with_its_log(monkeypatch, capsys):
     assert "No module named tokenscope.cli.nothing" in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_one_clear_line():
+    """Nobody has to read a traceback to learn that something else runs there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = tokenscope("demo", "--serve", "--port", str(port))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"tokenscope demo: cannot listen on 127.0.0.1:{port}: Address already in use; choose another with --port"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--port", "99999", "must be 65535 or less, not 99999"),
+        ("--port", "-1", "must be 0 or more, not -1"),
+        ("--price", "nan", "must be 0 or more, not nan"),
+        ("--price", "inf", "must be 0 or more, not inf"),
+        ("--price", "-1", "must be 0 or more, not -1"),
+        ("--price", "much", "invalid number value: 'much'"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused_at_once(capsys, option, value, said):
+    """The error names the option and the value, with the status of a wrong command."""
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"error: argument {option}: {said}" in capsys.readouterr().err
+
+
 def test_the_app_can_be_served_for_other_clients():
     """With --serve the app stays up, tells of a hang-up what was billed, and ends with Ctrl-C."""
     with (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import requests
@@ -280,6 +282,82 @@ def test_uninstrument_gives_everything_back():
         assert touched.get(peer.url()).text == "hello"
         assert "send" in vars(HTTPAdapter)
         assert HTTPAdapter.send.__module__ == "requests.adapters"
+
+
+def mocked_send():
+    """Return somebody else's patch of the same function, as mocking libraries make it."""
+    answer = requests.Response()
+    answer.status_code = 418
+    return mock.patch("requests.adapters.HTTPAdapter.send", return_value=answer)
+
+
+def test_instrument_inside_of_a_mock_calls_the_mock():
+    """What others put in place of `HTTPAdapter.send` answers on, and nothing reaches the network."""
+    with Peer(play.answers()) as peer, plain_session() as session:
+        with mocked_send() as mocked:
+            instrument()
+            try:
+                assert session.get(peer.url()).status_code == 418
+                assert isinstance(mocked.call_args.args[0], requests.PreparedRequest)  # as without us: no adapter
+                with use_token(CancellationToken()) as token:
+                    token.cancel("stop")
+                    with pytest.raises(Cancelled):
+                        session.get(peer.url())
+            finally:
+                uninstrument()
+            assert HTTPAdapter.send is mocked
+            assert session.get(peer.url()).status_code == 418
+        assert peer.requests == 0
+        assert HTTPAdapter.send.__module__ == "requests.adapters"
+
+
+def test_uninstrument_inside_of_a_mock_leaves_the_mock_and_stays_off_after_it():
+    """The mock puts ours back when it ends; by then that does nothing of its own."""
+    with Peer(play.answers()) as peer:
+        instrument()
+        try:
+            with mocked_send(), plain_session() as session:
+                uninstrument()
+                assert session.get(peer.url()).status_code == 418
+                assert peer.requests == 0
+            with plain_session() as session:
+                assert session.get(peer.url()).text == "hello"
+                assert not is_guarded(session.get_adapter("http://").poolmanager)
+            instrument()  # on again, and then gone for good
+            with plain_session() as session:
+                assert session.get(peer.url()).text == "hello"
+                assert is_guarded(session.get_adapter("http://").poolmanager)
+        finally:
+            uninstrument()
+        assert HTTPAdapter.send.__module__ == "requests.adapters"
+
+
+def test_instrument_survives_a_mock_that_came_and_went_around_it():
+    """Instrumented before and inside of a mock: on after it, too, and off after one `uninstrument`."""
+    instrument()
+    try:
+        with mocked_send():
+            instrument()
+        with Peer(play.hangs_before_headers) as peer, plain_session() as session:
+            assert_cancellable(session.get, peer)
+    finally:
+        uninstrument()
+    assert HTTPAdapter.send.__module__ == "requests.adapters"
+
+
+@pytest.mark.parametrize("token", ["x", 3, CancellationToken], ids=["text", "number", "class"])
+@pytest.mark.parametrize("door", [Session, CancellableAdapter])
+def test_what_is_no_token_is_refused_when_it_is_given(door, token):
+    """And not with the first request: the error names the argument and what was given."""
+    with pytest.raises(TypeError, match=f"token must be a CancellationToken or None, not {re.escape(repr(token))}"):
+        door(token=token)
+
+
+@pytest.mark.parametrize("thing", [3, None, requests.Session])
+def test_what_is_no_session_cannot_be_mounted(thing):
+    """The error names the argument and what was given."""
+    with pytest.raises(TypeError, match=f"session must be a requests.Session, not {re.escape(repr(thing))}"):
+        mount(thing)
 
 
 def test_socks_is_refused_by_a_session_and_left_alone_by_mount(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -62,21 +63,33 @@ def _describe_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--rate", type=_at_least(1), default=50, metavar="N", help="tokens a second and call (default: 50)"
     )
-    demo.add_argument("--price", type=float, default=10.0, metavar="USD", help="of a million tokens (default: 10)")
+    demo.add_argument("--price", type=_price, default=10.0, metavar="USD", help="of a million tokens (default: 10)")
     demo.add_argument("--json", action="store_true", help="print the receipt as JSON")
     demo.add_argument("--serve", action="store_true", help="only serve the app, for curl and your own clients")
     demo.add_argument(
-        "--port", type=_at_least(0), default=8000, metavar="N", help="for --serve (default: 8000; 0: any)"
+        "--port", type=_at_least(0, most=65535), default=8000, metavar="N", help="for --serve (default: 8000; 0: any)"
     )
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    """A reader of whole numbers from ``least`` on."""
+def _price(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:  # nor is it NaN
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return number
+
+
+_price.__name__ = "number"  # argparse names it when the text is no number at all
+
+
+def _at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A reader of whole numbers from ``least`` to ``most``."""
 
     def read(text: str) -> int:
         number = int(text)
         if number < least:
             raise argparse.ArgumentTypeError(f"must be {least} or more, not {number}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be {most} or less, not {number}")
         return number
 
     read.__name__ = "whole number"  # argparse names it when the text is no number at all

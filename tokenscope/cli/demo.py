@@ -14,7 +14,7 @@ from tokenscope.cli.demo_clients import make_plans, visit
 from tokenscope.cli.demo_desk import Job
 from tokenscope.cli.demo_figures import Run, figures_of
 from tokenscope.cli.demo_model import Call
-from tokenscope.cli.demo_process import ChildDied, ChildServer
+from tokenscope.cli.demo_process import CannotListen, ChildDied, ChildServer
 from tokenscope.cli.demo_receipt import Receipt, broken_promises
 
 if TYPE_CHECKING:
@@ -123,7 +123,16 @@ Here you see when the app noticed, and what the model billed. Ctrl-C ends it.
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serve the app with tokenscope until Ctrl-C, telling what happens."""
+    """Serve the app with tokenscope until Ctrl-C, telling what happens; 2 if the port cannot be had."""
+    try:
+        _serve(options)
+    except CannotListen as error:
+        print(f"tokenscope demo: {error}; choose another with --port", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> None:
     with (
         contextlib.suppress(KeyboardInterrupt),
         ChildServer(MODEL, str(options.rate), "aloud", aloud=True) as model,
@@ -132,4 +141,3 @@ def serve(options: argparse.Namespace) -> int:
         app.ask("/desk")
         print(HOWTO.format(url=app.url), flush=True)
         app.wait()
-    return 0

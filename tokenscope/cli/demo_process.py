@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ChildDied", "ChildServer", "end_with_parent"]
+__all__ = ["CannotListen", "ChildDied", "ChildServer", "end_with_parent"]
 
 #: Seconds in which a child answers, and ends.
 PATIENCE = 15.0
@@ -22,6 +22,10 @@ PATIENCE = 15.0
 
 class ChildDied(Exception):
     """A server of the demo did not answer; the message holds its log."""
+
+
+class CannotListen(Exception):
+    """A port is in use, or not for us; the message says which and why."""
 
 
 class ChildServer:
@@ -32,11 +36,14 @@ class ChildServer:
         arguments: For its command line.
         port: Where; 0 for any.
         aloud: Let it write to our stderr; otherwise it writes to a log, which is shown if it dies.
+
+    Raises:
+        CannotListen: The port is in use, or not for us.
     """
 
     def __init__(self, module: str, *arguments: str, port: int = 0, aloud: bool = False) -> None:
-        self._log: IO[bytes] | None = None if aloud else tempfile.TemporaryFile()  # noqa: SIM115  # until `__exit__`
-        with socket.create_server(("127.0.0.1", port), backlog=256) as listener:
+        with _listen(port) as listener:
+            self._log: IO[bytes] | None = None if aloud else tempfile.TemporaryFile()  # noqa: SIM115
             self.address: tuple[str, int] = listener.getsockname()
             fd = listener.fileno()
             self._process = subprocess.Popen(  # noqa: S603  # our own modules, in our own interpreter
@@ -91,6 +98,13 @@ class ChildServer:
             self._process.wait()
         if self._log is not None:
             self._log.close()
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("127.0.0.1", port), backlog=256)
+    except OSError as error:
+        raise CannotListen(f"cannot listen on 127.0.0.1:{port}: {os.strerror(error.errno or 0)}") from error
 
 
 def end_with_parent(stop: Callable[[], object]) -> None:

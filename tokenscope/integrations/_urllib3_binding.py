@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tokenscope._core.token import CancellationToken
 
-__all__ = ["Binding", "decide", "under"]
+__all__ = ["Binding", "check_token", "decide", "under"]
 
 # The token that `under` made current: the user named it (or a parent of it) himself.
 _named: ContextVar[CancellationToken | None] = ContextVar("tokenscope_named_token", default=None)
@@ -50,6 +50,16 @@ def under(explicit: CancellationToken | None) -> Iterator[None]:
             yield
         finally:
             _named.set(before)
+
+
+def check_token(token: object) -> None:
+    """Refuse what cannot be a client's own token, when it is given and not with the first request.
+
+    Raises:
+        TypeError: It is neither a `CancellationToken` nor None.
+    """
+    if token is not None and not isinstance(token, tokens.CancellationToken):
+        raise TypeError(f"token must be a CancellationToken or None, not {token!r}")
 
 
 def decide(token: CancellationToken, failure: Exception) -> None:

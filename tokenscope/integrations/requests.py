@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenscope._core._typing import override
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._urllib3_binding import decide, under
+from tokenscope.integrations._urllib3_binding import check_token, decide, under
 from tokenscope.integrations.urllib3 import guard_manager, is_guarded
 
 with needs("requests"):
@@ -44,15 +44,19 @@ class CancellableAdapter(HTTPAdapter):
         token: Ends them as well, besides the current token (never instead of it). Not pickled with the
             adapter.
 
-    All other arguments are requests' own. In each phase of a request a cancel raises `Cancelled` with the
-    token's reason; the transport's error, if it came to one, is its ``__cause__``. The deadline of the token
-    caps name look-up, connect, handshake, redirects, retries and body together, where ``timeout=`` limits
-    each wait alone.
+    All other arguments are requests' own. In each phase of a request a cancel raises `Cancelled` with the token's
+    reason; where the cancel made the transport raise an error, that is its ``__cause__``. The deadline of the token
+    caps name look-up, connect, handshake, redirects, retries and body together, where ``timeout=`` limits each wait
+    alone.
+
+    Raises:
+        TypeError: ``token`` is no `CancellationToken`.
     """
 
     token: CancellationToken | None = None
 
     def __init__(self, *args: Any, token: CancellationToken | None = None, **kwargs: Any) -> None:
+        check_token(token)
         self.token = token
         super().__init__(*args, **kwargs)
 
@@ -92,9 +96,13 @@ class Session(requests.Session):
 
     Thread-safe as far as `requests.Session` is. A streaming response stays bound to the token it was opened
     under until it is closed or read to the end, whichever thread reads it.
+
+    Raises:
+        TypeError: ``token`` is no `CancellationToken`.
     """
 
     def __init__(self, *, token: CancellationToken | None = None) -> None:
+        check_token(token)
         super().__init__()
         self.mount("https://", CancellableAdapter(token=token))
         self.mount("http://", CancellableAdapter(token=token))
@@ -105,7 +113,12 @@ def mount(session: requests.Session) -> None:
 
     Its adapters stay, with all their settings; their pools are replaced, and idle connections closed.
     Adapters that are no `HTTPAdapter`, and connections to SOCKS proxies, are left as they are.
+
+    Raises:
+        TypeError: It is no `requests.Session`.
     """
+    if not isinstance(session, requests.Session):
+        raise TypeError(f"session must be a requests.Session, not {session!r}")
     for adapter in session.adapters.values():
         if isinstance(adapter, HTTPAdapter):
             _instrumented.discard(adapter)
@@ -116,31 +129,73 @@ def instrument() -> None:
     """Make the requests of every session in this process, present and future, end with the current token.
 
     Sessions of other libraries and ``requests.get(...)`` included. Outside any scope nothing changes.
-    Idempotent.
+    Idempotent. What others put in place of ``HTTPAdapter.send`` (a mock, a recorder) is called as before.
     """
     with _lock:
-        HTTPAdapter.send = _instrumented_send  # type: ignore[method-assign, assignment]
+        hook = _hook_in_place()
+        if hook is None:
+            hook = _Hook(vars(HTTPAdapter)["send"])
+            HTTPAdapter.send = hook.send  # type: ignore[method-assign, assignment]
+        hook.on = True
+        _hooks.add(hook)
 
 
 def uninstrument() -> None:
-    """Undo `instrument`. Responses that are open stay cancellable until they are closed. Idempotent."""
+    """Undo `instrument`. Responses that are open stay cancellable until they are closed. Idempotent.
+
+    What others have put in place of ``HTTPAdapter.send`` since stays; if they put ours back one day, it does
+    nothing but call what was there before it.
+    """
     with _lock:
-        HTTPAdapter.send = _plain_send  # type: ignore[method-assign]
+        for hook in _hooks:
+            hook.on = False
+        _hooks.clear()
+        while (ours := _hook_in_place()) is not None:
+            HTTPAdapter.send = ours.around  # type: ignore[method-assign]
         for adapter in list(_instrumented):
             _restore_adapter(adapter)
         _instrumented.clear()
 
 
+class _Hook:
+    """Our ``HTTPAdapter.send``, around whatever was there.
+
+    Others patch the same name, before us and after us, and put back what they found whenever they like: so
+    each hook remembers its own neighbour, and one that cannot be taken away is switched off.
+    """
+
+    def __init__(self, around: Any) -> None:
+        self.on = False
+        self.around = around  # as it stood in the class: perhaps a function, perhaps a mock
+
+        def send(adapter: HTTPAdapter, *args: Any, **kwargs: Any) -> requests.Response:
+            inner = _bound(around, adapter)
+            if not self.on:
+                return inner(*args, **kwargs)
+            if not is_guarded(adapter.poolmanager):
+                _instrument_adapter(self, adapter)
+            return _send(inner, args, kwargs)
+
+        self.send = send
+        send.hook = self  # type: ignore[attr-defined]
+
+
+def _hook_in_place() -> _Hook | None:
+    send = vars(HTTPAdapter)["send"]
+    hook = getattr(send, "hook", None)  # a mock has every attribute, and `functools.wraps` copies ours
+    return hook if isinstance(hook, _Hook) and hook.send is send else None
+
+
+def _bound(send: Any, adapter: HTTPAdapter) -> Callable[..., requests.Response]:
+    """What ``adapter.send`` would be: a function is bound to the adapter, a mock is not."""
+    bind = getattr(type(send), "__get__", None)
+    return cast("Callable[..., requests.Response]", send if bind is None else bind(send, adapter, type(adapter)))
+
+
 _lock = threading.Lock()
-_plain_send = HTTPAdapter.send
+_hooks: set[_Hook] = set()  # those that are on; changed under the lock
 # Adapters that only `instrument` has changed; changed under the lock.
 _instrumented: weakref.WeakSet[HTTPAdapter] = weakref.WeakSet()
-
-
-def _instrumented_send(adapter: HTTPAdapter, *args: Any, **kwargs: Any) -> requests.Response:
-    if not is_guarded(adapter.poolmanager):
-        _instrument_adapter(adapter)
-    return _send(_plain_send, (adapter, *args), kwargs)
 
 
 def _send(send: Callable[..., requests.Response], args: Any, kwargs: Any) -> requests.Response:
@@ -154,9 +209,9 @@ def _send(send: Callable[..., requests.Response], args: Any, kwargs: Any) -> req
         raise
 
 
-def _instrument_adapter(adapter: HTTPAdapter) -> None:
+def _instrument_adapter(hook: _Hook, adapter: HTTPAdapter) -> None:
     with _lock:
-        if adapter not in _instrumented:
+        if hook.on and adapter not in _instrumented:
             _instrumented.add(adapter)
             _guard_adapter(adapter)
 

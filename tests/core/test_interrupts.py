@@ -7,8 +7,6 @@ happened.
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -361,37 +359,3 @@ def test_an_interrupt_is_raised_and_not_swallowed():
         if interrupter.where is None:
             return
         line += 1
-
-
-@pytest.mark.timeout(60, method="thread")  # the other method needs the signal that is used here
-def test_interrupts_again_and_again():
-    """Real signals, every few microseconds, raising KeyboardInterrupt wherever in the core they strike."""
-    struck, armed = [], []
-
-    def strike(_number, frame):
-        if armed and frame.f_code.co_filename.startswith(CORE):
-            struck.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, strike)
-    try:
-        for number in range(400):
-            forest = Forest()
-            pause = 10e-6 + number * 1e-6
-            armed.append(True)
-            signal.setitimer(signal.ITIMER_REAL, pause, pause)
-            with contextlib.suppress(KeyboardInterrupt):
-                forest.root.cancel()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            armed.clear()  # one may still be pending
-            where = tuple(struck[-10:])
-            try:
-                forest.check_unharmed()
-            except BaseException as error:
-                error.add_note(f"the last strikes were at {where}")
-                raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert len(struck) > 100
-    check_timer()

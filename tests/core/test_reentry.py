@@ -317,8 +317,12 @@ def test_a_finalizer_never_waits_for_another_tree(section):
     refs.refs.hook = finalize
     holding = threading.Event()
 
+    def hold_locked():
+        holding.set()
+        go_on.wait(WAIT)
+
     def hold():
-        two._tree.run(lambda: (holding.set(), go_on.wait(WAIT)) and None)
+        two._tree.run(hold_locked)
 
     with crowd(hold, running.cancel):
         assert holding.wait(WAIT)

@@ -80,7 +80,7 @@ def test_deadline_of_the_token_ends_this_phase(make_bench, name, transport):
         kinds: list[str] = []
 
         def call() -> None:
-            with fail_after(0.15):
+            with fail_after(0.3):
                 try:
                     stage.call()
                 except Cancelled as error:
@@ -90,7 +90,8 @@ def test_deadline_of_the_token_ends_this_phase(make_bench, name, transport):
         failure = Attempt(call).failure()
         assert isinstance(failure, DeadlineExceeded)
         assert kinds == ["deadline"]
-        if stage.peer is not None and stage.sees_close:
+        # On a busy machine the time may be up before the peer has anything to see the end of.
+        if stage.peer is not None and stage.sees_close and stage.peer.connections:
             assert stage.peer.closed.wait(5)
 
 

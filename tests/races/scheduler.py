@@ -79,10 +79,11 @@ class Replay:
     def __init__(self, choices: list[int] | None = None) -> None:
         self.given = choices or []
         self.choices: list[int] = []
+        self.fresh = True
 
     def begin(self) -> bool:
         """Get ready for one more run; False if there are no more schedules."""
-        fresh = not self.choices
+        fresh, self.fresh = self.fresh, False
         self.choices = []
         return fresh
 

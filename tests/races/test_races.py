@@ -12,7 +12,6 @@ import scenarios
 from scheduler import Exhaustive, Inject, Random, Replay, assert_safe
 
 from tokenscope import CancellationToken, ThreadScope
-from tokenscope._core import workers
 
 #: How many times as many schedules as usual; for a night.
 EFFORT = int(os.environ.get("TOKENSCOPE_RACES", "1"))

@@ -230,7 +230,7 @@ def test_what_is_still_locked_after_a_run_is_noticed():
 
     def scenario():
         root = CancellationToken()
-        return [root._tree.lock.acquire], root.child
+        return [root._tree.lock.acquire], root._tree.lock.acquire
 
     outcome = explore(scenario, Replay())
     assert isinstance(outcome.error, Deadlock)

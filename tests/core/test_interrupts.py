@@ -7,6 +7,7 @@ happened.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from pathlib import Path
@@ -34,11 +35,13 @@ class Interrupter:
 
     def __enter__(self):
         self.before = sys.gettrace()
+        gc.disable()  # or it would strike in the finalizers of other tests' garbage
         sys.settrace(self.on_call)
         return self
 
     def __exit__(self, kind, *_):
         sys.settrace(self.before)
+        gc.enable()
         return kind is KeyboardInterrupt and self.where is not None
 
     def on_call(self, frame, event, arg):

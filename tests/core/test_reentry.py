@@ -168,7 +168,7 @@ def test_a_storm_of_signals_and_finalizers():
     disturbances = rounds = 0
     end = time.monotonic() + STORM
     with signals(lambda: worlds[0].disturb("signal")):
-        while time.monotonic() < end:
+        while time.monotonic() < end or rounds <= 10:
             world = worlds[0]
             world.work(5)
             assert world.root.cancel("main") or world.root.cancelled
@@ -178,7 +178,7 @@ def test_a_storm_of_signals_and_finalizers():
                 rounds += 1
                 disturbances += world.disturbances
                 worlds[0] = World()
-    assert disturbances > rounds > 10
+    assert disturbances > rounds
 
 
 @pytest.mark.usefixtures("_eager_gc")
@@ -227,7 +227,7 @@ def test_a_cancel_from_a_handler_is_never_lost():
 
     end = time.monotonic() + STORM / 2
     with signals(handler):
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(fired) <= 100:
             root = CancellationToken()
             linked = CancellationToken.linked(root, CancellationToken())
             roots[0] = root
@@ -238,7 +238,6 @@ def test_a_cancel_from_a_handler_is_never_lost():
                 linked.child().cancel()
             child = linked.child()
             assert child.cancelled
-    assert len(fired) > 100
 
 
 def test_deadlines_set_by_handlers_are_kept():

@@ -40,6 +40,7 @@ def signals(handler):
     nothing but handlers in handlers would ever run.
     """
     depth = 0
+    over = False
 
     def on_signal(_number, _frame):
         nonlocal depth
@@ -50,7 +51,7 @@ def signals(handler):
             handler()
         finally:
             depth -= 1
-            if not depth:  # the next one is counted from here, so that the main code gets its turn
+            if not (depth or over):  # the next one is counted from here, so that the main code gets its turn
                 signal.setitimer(signal.ITIMER_REAL, EVERY, EVERY)
 
     before = signal.signal(signal.SIGALRM, on_signal)
@@ -58,6 +59,7 @@ def signals(handler):
     try:
         yield
     finally:
+        over = True  # first: a handler that runs on the next line must not set the timer again
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

@@ -1,0 +1,257 @@
+"""What lets another thread end a call that is blocked in a database driver.
+
+One `Guard` a connection. Each blocking call runs through `Guard.call`, which looks up the current token, and
+nothing of the guard is left in place when the call has ended: an idle connection belongs to nobody.
+
+A cancel asks the database to stop the query; only if that does not help it breaks the connection. Both may
+take long (a second connection), so they are done by a worker. The owner comes back with the driver's error,
+waits until no worker is at it any more, looks at the *token*, puts the connection in order and raises.
+
+::
+
+    owner       begin -----> blocked in the driver -----------> end -> recover -> Cancelled
+                  |                                    ^         |
+    canceller     |   flag, wake                       |         |
+    worker        |     `-> stop, pause, stop, ... -> break      `- waits for the worker's lock
+
+States of a call: *running* (in ``_calls``) -> *ended*; ``fired`` is set, once, when something was done to it.
+
+Invariants
+    1. Something is done to the connection with the lock held, and while the call it is meant for is running. The
+       calls are told apart by identity. So after `_end` no cancel reaches the connection, and one that comes late
+       finds another call, or none.
+    2. It is done only if *every* running call of the connection is cancelled: a database cancels what a connection
+       does, whoever asked for it. (Threads that share a connection, and calls inside of calls.)
+    3. One stop is not enough: one that comes before the driver has begun is lost. So it is repeated until the call
+       has ended.
+    4. `wake` takes no lock and calls nothing that blocks: it may run in signal handlers and finalizers.
+    5. Between COMMIT and its answer nothing is done: `Guard.commit` is ``uninterruptible``, and in such a section
+       `Guard.call` stands back.
+
+Lock order: the lock is a leaf but for what drivers take inside of ``stop``, which they give a time limit.
+
+Fork: a guard belongs to the process that made it. In another one it does nothing to the connection, which is the
+    parent's too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokenscope._core import _primitives, events, workers
+from tokenscope._core import token as tokens
+from tokenscope._core.current import current_token, standing_back, uninterruptible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokenscope._core.token import CancellationToken
+
+__all__ = ["END", "Driver", "Guard", "next_or_end"]
+
+#: What `next_or_end` answers when there are no more rows.
+END = object()
+
+# Seconds between one stop and the next; the last one again and again. A stop is lost if it comes before the
+# database has begun, which is a matter of microseconds; later ones are for a server that is slow to obey.
+_PAUSES = (0.005, 0.02, 0.1, 0.5)
+
+# The statements that end a transaction, after blanks and comments. `END` and `RELEASE` commit, too: the
+# latter if it names the outermost savepoint.
+_COMMITS = "COMMIT|END|RELEASE|PREPARE\\s+TRANSACTION"
+_ROLLBACKS = "ROLLBACK|ABORT"
+_ENDING = re.compile(
+    rf"(?:\s|--[^\n]*\n|/\*.*?\*/|;)*(?:(?P<commit>{_COMMITS})|(?P<rollback>{_ROLLBACKS}))\b", re.IGNORECASE | re.DOTALL
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """What a guard does to the connections of one library.
+
+    Attributes:
+        stop: Called with a connection by any thread: have the database end what it does there. Ends within
+            seconds.
+        recover: Called with a connection and an error (or None) on its owner's thread, after a cut: roll
+            back, or discard the connection if it is not certain what state it is in.
+        hang_up: Called with a connection by any thread, when stopping did not help: break it.
+        certain: A call that returns although it was stopped has really succeeded.
+    """
+
+    stop: Callable[[Any], object]
+    recover: Callable[[Any, BaseException | None], object]
+    hang_up: Callable[[Any], object] | None = None
+    certain: bool = True
+
+
+class _Call:
+    """One blocking call: whom it works for, and what was done to it."""
+
+    __slots__ = ("ended", "fired", "rung", "token")
+
+    def __init__(self, token: CancellationToken) -> None:
+        self.token = token
+        self.rung = False  # a worker is on its way
+        self.fired = False  # one-way, under the lock: it was stopped, or its connection broken
+        self.ended: _primitives.Waiter | None = None  # made under the lock, by the first worker
+
+
+class Guard:
+    """Guards one connection; see the module's head. The connection owns the guard, not the other way round."""
+
+    __slots__ = ("__weakref__", "_attached", "_calls", "_connection", "_driver", "_lock", "_pid")
+
+    def __init__(self, connection: object, driver: Driver) -> None:
+        self._connection = weakref.ref(connection)
+        self._driver = driver
+        self._lock = threading.RLock()  # re-entrant: finalizers of cursors call the driver, in the middle of anything
+        self._calls: list[_Call] = []  # changes under the lock
+        self._attached: Callable[[], CancellationToken | None] = _nothing
+        self._pid = os.getpid()
+
+    # --- the owner's side -----------------------------------------------------------------------------------
+
+    def call(self, operation: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run one blocking call of the driver under the current token.
+
+        Raises:
+            Cancelled: The token was cancelled before, and nothing was done; or meanwhile, and the call was cut,
+                with the driver's error as the ``__cause__``.
+        """
+        token = current_token()
+        if token is tokens.NEVER or standing_back() or self._pid != os.getpid():
+            return operation(*args, **kwargs)
+        token.check()
+        call = _Call(token)
+        try:
+            self._begin(call)
+            answer = operation(*args, **kwargs)
+        except BaseException as error:
+            self._end(call)
+            if isinstance(error, Exception):
+                self._settle(call, error)
+            raise
+        self._end(call)
+        if call.fired and not self._driver.certain:
+            self._settle(call, None)
+        return answer
+
+    def statement(self, sql: object, operation: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """As `call`, `commit` or `rollback`, by what the statement says."""
+        ending = _ENDING.match(sql) if isinstance(sql, str) else None
+        if ending is None:
+            return self.call(operation, *args, **kwargs)
+        if ending["commit"]:
+            return self.commit(operation, *args, **kwargs)
+        return self.rollback(operation, *args, **kwargs)
+
+    def commit(self, operation: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a call that commits: refused if the current token is cancelled, and out of reach once it has begun.
+
+        Raises:
+            Cancelled: The token is cancelled; nothing was sent.
+        """
+        if not standing_back():
+            current_token().check()
+        return self.rollback(operation, *args, **kwargs)
+
+    def rollback(self, operation: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a call that puts things in order, whether or not the current token is cancelled."""
+        with uninterruptible():
+            return operation(*args, **kwargs)
+
+    def _begin(self, call: _Call) -> None:
+        # Visible first, then registered, then looked: no cancel falls in between.
+        with self._lock: self._calls.append(call)  # fmt: skip
+        if self._attached() is not call.token:
+            tokens.attach(call.token, self)  # weakly, and never detached: who is woken looks at what runs then
+            self._attached = weakref.ref(call.token)
+        call.token.check()
+
+    def _end(self, call: _Call) -> None:
+        with self._lock: _primitives.discard(self._calls, call)  # fmt: skip
+        if call.ended is not None:
+            call.ended.wake()
+
+    def _settle(self, call: _Call, error: Exception | None) -> None:
+        """Decide what an end means: under a cancelled token every failure is the cancel's doing.
+
+        Raises:
+            Cancelled: The token is cancelled. The connection was put in order before.
+        """
+        tokens.expire_if_due(call.token)
+        if not call.token.cancelled:
+            return
+        try:
+            with uninterruptible():
+                self._driver.recover(self._connection(), error)  # the owner keeps it alive
+        except Exception as failure:
+            self._tell("recovery", failure)
+        tokens.raise_if_cancelled(call.token, error)
+
+    # --- the canceller's side -------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Have each running call stopped whose token is cancelled. Never blocks, never raises."""
+        if self._pid != os.getpid():
+            return
+        for call in tuple(self._calls):
+            if call.token.cancelled and not call.rung:
+                call.rung = True
+                self._hand_over(call)
+
+    def _hand_over(self, call: _Call) -> None:
+        try:
+            workers.submit(functools.partial(self._stop_until_ended, call))
+        except RuntimeError as error:  # no thread to be had: once is better than never
+            self._tell("stop", error)
+            self._act(call, self._driver.stop)
+
+    def _stop_until_ended(self, call: _Call) -> None:
+        """Stop a call, break its connection if it does not obey, and stay with it until it has ended."""
+        for pause in _PAUSES:
+            if not self._act(call, self._driver.stop) or self._ends_within(call, pause):
+                return
+        while self._act(call, self._driver.hang_up or self._driver.stop):
+            if self._ends_within(call, _PAUSES[-1]):
+                return
+
+    def _act(self, call: _Call, action: Callable[[Any], object]) -> bool:
+        """Do something to the connection if that hits nobody else; False if the call has ended."""
+        with self._lock:
+            connection = self._connection()
+            if call not in self._calls or connection is None:
+                return False
+            call.ended = call.ended or _primitives.Waiter()
+            if all(running.token.cancelled for running in self._calls):
+                call.fired = True
+                try:
+                    action(connection)
+                except Exception as error:
+                    self._tell("stop", error)
+        return True
+
+    def _ends_within(self, call: _Call, seconds: float) -> bool:
+        return call.ended is not None and call.ended.wait(seconds)
+
+    def _tell(self, what: str, error: Exception) -> None:
+        name = type(self._connection()).__module__
+        events.emit(events.CallbackFailed(f"{what} of a cancelled database call ({name})", error))
+
+
+def next_or_end(step: Callable[[], Any]) -> Any:
+    """The next row, or `END`: that there are no more is an answer, and no failure that a cancel could have caused."""
+    try:
+        return step()
+    except StopIteration:
+        return END
+
+
+def _nothing() -> None:
+    """In place of a weak reference, before the first call."""

@@ -5,7 +5,7 @@ interrupted:  ``Connection.interrupt`` by a worker, again until the call ends; t
 not:          ``backup``, ``load_extension``, a function of yours that SQLite calls; COMMIT (on purpose); the wait
     for a lock after ``PRAGMA busy_timeout``
 versions:     the sqlite3 of Python >=3.11
-compat:       none: it comes with Python
+compat:       tests/integrations/test_sqlite3.py
 """
 
 from __future__ import annotations

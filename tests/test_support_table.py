@@ -164,7 +164,7 @@ def test_a_limit_needs_a_step_a_reason_and_a_link(agreement, copy):
 
 @pytest.mark.parametrize("page", sorted((ROOT / "tokenscope" / "integrations").glob("[!_]*.py")), ids=lambda p: p.stem)
 def test_an_integration_names_cells_that_exist(agreement, page):
-    """The `compat:` line at the head of an integration points into the matrix, or to tests if Python brings the peer."""
+    """The `compat:` line at the head of an integration points into the matrix, or to a file of tests."""
     matrix = agreement.load(ROOT / "compat" / "matrix.toml")
     known = {f"{package}-{version}" for cell in matrix.cells for package, version in cell.versions.items()}
     known |= {peer.name for peer in matrix.peers}

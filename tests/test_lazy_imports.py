@@ -60,6 +60,7 @@ def test_using_wsgi_needs_no_framework():
     ("module", "library", "remedy"),
     [
         ("tokenscope.integrations.flask", "flask", "pip install tokenscope-threads[flask]"),
+        ("tokenscope.integrations.sqlalchemy", "sqlalchemy", "pip install tokenscope-threads[sqlalchemy]"),
         ("tokenscope.integrations.requests", "requests", "pip install requests"),
         ("tokenscope.integrations.requests", "urllib3", "pip install urllib3"),
         ("tokenscope.integrations.urllib3", "urllib3", "pip install urllib3"),

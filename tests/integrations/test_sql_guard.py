@@ -6,6 +6,7 @@ import os
 import queue
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from peers import Attempt, wait_until
@@ -59,8 +60,12 @@ class Link:
         for query in self.queries:
             query.stopped.set()
 
-    def recover(self, error: BaseException | None) -> None:
+    def recover(self, error: BaseException | None) -> bool:
         self.history.append(f"recover {type(error).__name__}")
+        return isinstance(error, Stopped)
+
+    def close(self) -> None:
+        self.history.append("close")
 
 
 class Query:
@@ -68,7 +73,7 @@ class Query:
         self.stopped = threading.Event()
 
 
-DRIVER = Driver(stop=Link.stop, recover=Link.recover, hang_up=Link.hang_up)
+DRIVER = Driver(stop=Link.stop, recover=Link.recover, close=Link.close, hang_up=Link.hang_up)
 
 
 def begin(link: Link, token: CancellationToken, **options) -> Attempt:
@@ -156,7 +161,7 @@ def test_a_stop_that_fails_is_told_and_repeated():
 
     heard: queue.Queue[events.CallbackFailed] = queue.Queue()
     unsubscribe = events.subscribe(heard.put, events.CallbackFailed)
-    link, token = Link(Driver(stop=stop, recover=Link.recover)), CancellationToken()
+    link, token = Link(replace(DRIVER, stop=stop)), CancellationToken()
     attempt = begin(link, token)
     token.cancel()
     assert isinstance(attempt.failure(), Cancelled)
@@ -164,20 +169,45 @@ def test_a_stop_that_fails_is_told_and_repeated():
     assert [str(heard.get(timeout=WAIT).error) for _ in range(2)] == ["no route"] * 2
 
 
-def test_a_recovery_that_fails_is_told_and_the_cancel_passes():
-    """Whatever happens to the connection, the caller hears that it was cancelled."""
+def test_a_connection_in_doubt_is_closed():
+    """An end that was not the answer to a stop says nothing about the state of the connection."""
+    link, token = Link(), CancellationToken()
+    attempt = begin(link, token, error=KeyError("rows"))
+    with link.guard._lock:  # a stop comes too late
+        token.cancel()
+        link.answer.set()
+        wait_until(lambda: not link.queries)
+    failure = attempt.failure()
+    assert isinstance(failure, Cancelled)
+    assert isinstance(failure.__cause__, KeyError)
+    assert link.history[-2:] == ["recover KeyError", "close"]
+    assert link.guard.discarded
 
-    def recover(_link: Link, _error: BaseException | None) -> None:
+
+@pytest.mark.parametrize("close", [Link.close, None])
+def test_a_recovery_that_fails_is_told_and_the_cancel_passes(close):
+    """Whatever happens to the connection, also while it is closed: the caller hears that it was cancelled."""
+
+    def recover(_link: Link, _error: BaseException | None) -> bool:
         raise OSError("gone")
+
+    def broken(_link: Link) -> None:
+        raise OSError("gone as well")
 
     heard: queue.Queue[events.CallbackFailed] = queue.Queue()
     unsubscribe = events.subscribe(heard.put, events.CallbackFailed)
-    link, token = Link(Driver(stop=Link.stop, recover=recover)), CancellationToken()
+    driver = replace(DRIVER, recover=recover, close=close or broken)
+    link, token = Link(driver), CancellationToken()
     attempt = begin(link, token)
     token.cancel()
     assert isinstance(attempt.failure(), Cancelled)
     unsubscribe()
     assert "recovery" in heard.get(timeout=WAIT).where
+    assert link.guard.discarded
+    if close is None:
+        assert "close" in heard.get(timeout=WAIT).where
+    else:
+        assert link.history == ["stop", "close"]
 
 
 def test_a_cancel_that_comes_late_does_not_touch_the_next_query():
@@ -215,7 +245,7 @@ def test_a_call_that_ends_waits_for_the_stop_that_is_on_its_way():
         assert go.wait(WAIT)
         link.stop()
 
-    link, token = Link(Driver(stop=stop, recover=Link.recover)), CancellationToken()
+    link, token = Link(replace(DRIVER, stop=stop)), CancellationToken()
     attempt = begin(link, token)
     token.cancel()
     assert stopping.wait(WAIT)
@@ -230,7 +260,7 @@ def test_a_call_that_ends_waits_for_the_stop_that_is_on_its_way():
 @pytest.mark.parametrize("certain", [True, False])
 def test_a_success_after_a_stop_counts_where_the_database_can_be_believed(certain):
     """Some databases answer a stopped query as if it had ended."""
-    link = Link(Driver(stop=lambda link: link.answer.set(), recover=Link.recover, certain=certain))
+    link = Link(replace(DRIVER, stop=lambda link: link.answer.set(), certain=certain))
     token = CancellationToken()
     attempt = begin(link, token)
     token.cancel()
@@ -238,7 +268,7 @@ def test_a_success_after_a_stop_counts_where_the_database_can_be_believed(certai
         assert attempt.value() == "rows"
     else:
         assert isinstance(attempt.failure(), Cancelled)
-        assert link.history == ["recover NoneType"]
+        assert link.history == ["recover NoneType", "close"]
 
 
 def test_nothing_is_stopped_while_somebody_else_uses_the_connection():

@@ -79,13 +79,15 @@ class Driver:
         stop: Called with a connection by any thread: have the database end what it does there. Ends within
             seconds.
         recover: Called with a connection and an error (or None) on its owner's thread, after a cut: roll
-            back, or discard the connection if it is not certain what state it is in.
+            back, and answer whether the connection is as good as before.
+        close: Called with a connection on its owner's thread, if it is not.
         hang_up: Called with a connection by any thread, when stopping did not help: break it.
         certain: A call that returns although it was stopped has really succeeded.
     """
 
     stop: Callable[[Any], object]
-    recover: Callable[[Any, BaseException | None], object]
+    recover: Callable[[Any, Exception | None], bool]
+    close: Callable[[Any], object]
     hang_up: Callable[[Any], object] | None = None
     certain: bool = True
 
@@ -105,7 +107,7 @@ class _Call:
 class Guard:
     """Guards one connection; see the module's head. The connection owns the guard, not the other way round."""
 
-    __slots__ = ("__weakref__", "_attached", "_calls", "_connection", "_driver", "_lock", "_pid")
+    __slots__ = ("__weakref__", "_attached", "_calls", "_connection", "_driver", "_lock", "_pid", "discarded")
 
     def __init__(self, connection: object, driver: Driver) -> None:
         self._connection = weakref.ref(connection)
@@ -114,6 +116,7 @@ class Guard:
         self._calls: list[_Call] = []  # changes under the lock
         self._attached: Callable[[], CancellationToken | None] = _nothing
         self._pid = os.getpid()
+        self.discarded = False  # one-way: a cut left the connection in doubt, and it was closed
 
     # --- the owner's side -----------------------------------------------------------------------------------
 
@@ -188,12 +191,21 @@ class Guard:
         tokens.expire_if_due(call.token)
         if not call.token.cancelled:
             return
-        try:
-            with uninterruptible():
-                self._driver.recover(self._connection(), error)  # the owner keeps it alive
-        except Exception as failure:
-            self._tell("recovery", failure)
+        with uninterruptible():
+            self._put_in_order(self._connection(), error)  # the owner keeps it alive
         tokens.raise_if_cancelled(call.token, error)
+
+    def _put_in_order(self, connection: object, error: Exception | None) -> None:
+        try:
+            self.discarded = not self._driver.recover(connection, error)
+        except Exception as failure:
+            self.discarded = True
+            self._tell("recovery", failure)
+        if self.discarded:
+            try:
+                self._driver.close(connection)
+            except Exception as failure:
+                self._tell("close", failure)
 
     # --- the canceller's side -------------------------------------------------------------------------------
 

@@ -248,14 +248,14 @@ def _is_busy(error: sqlite3.Error) -> bool:
     return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
 
 
-def _recover(connection: Connection, _error: BaseException | None) -> None:
-    if not connection.in_transaction:
-        return
-    if getattr(connection, "autocommit", None) is True:  # from Python 3.12; its `rollback` does nothing then
-        connection.execute("ROLLBACK")
-    else:
-        connection.rollback()
+def _recover(connection: Connection, _error: Exception | None) -> bool:
+    if connection.in_transaction:
+        if getattr(connection, "autocommit", None) is True:  # from Python 3.12; its `rollback` does nothing then
+            connection.execute("ROLLBACK")
+        else:
+            connection.rollback()
+    return True
 
 
 # What a stopped statement answers is true: an error, or all of it.
-_DRIVER = Driver(stop=sqlite3.Connection.interrupt, recover=_recover)
+_DRIVER = Driver(stop=sqlite3.Connection.interrupt, recover=_recover, close=sqlite3.Connection.close)

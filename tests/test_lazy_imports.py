@@ -40,7 +40,9 @@ def fresh(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["tokenscope", "tokenscope.background", "tokenscope.watch", "tokenscope.net"])
+@pytest.mark.parametrize(
+    "module", ["tokenscope", "tokenscope.background", "tokenscope.watch", "tokenscope.net", "tokenscope.sync"]
+)
 def test_the_library_alone_loads_nothing_third_party(module):
     """A program that uses scopes and tokens pays for the standard library and no more."""
     assert fresh(NEWLY_LOADED.format(module=module)) == ""

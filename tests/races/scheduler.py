@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 CORE = str(Path(_primitives.__file__).parent)
+#: Where a run with ``lines`` pauses at every line.
+LINES = (CORE, str(Path(CORE).parent / "sync"))
 #: Real seconds for one schedule; only a defect of the scheduler, or a real lock that got in, waits so long.
 PATIENCE = 20.0
 #: Waiting for longer than this (virtual) is idling: nobody lets that time run out on purpose.
@@ -257,7 +259,7 @@ class Scheduler:
                 self.hand_over(me)
 
     def trace(self, frame: Any, event: str, arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(CORE):
+        if not frame.f_code.co_filename.startswith(LINES):
             return None
         if event == "line":
             self.pause()

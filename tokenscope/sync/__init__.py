@@ -35,3 +35,9 @@ __all__ = [
     "ShutDown",
     "SimpleQueue",
 ]
+
+# Tracebacks and reprs should read `tokenscope.sync.Queue`, wherever the class happens to live.
+for _public in map(globals().__getitem__, __all__):
+    if _public.__module__.startswith(__name__):
+        _public.__module__ = __name__
+del _public

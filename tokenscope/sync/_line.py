@@ -161,11 +161,11 @@ class Desk(_primitives.Room):
         try:
             with self.enter(): taken = self._attempt_locked(line, free, claim)  # fmt: skip
             self._tidy()
+            return taken  # noqa: TRY300 - inside of the `try`: until the caller has it, an interrupt undoes it
         except BaseException:
             if taken is not NOTHING:
                 undo()
             raise
-        return taken
 
     def _attempt_locked(self, line: Line, free: Callable[[], float], claim: Callable[[], T]) -> Any:
         if line.turns:
@@ -188,25 +188,27 @@ class Desk(_primitives.Room):
             RuntimeError: This is a signal handler that interrupted this very desk.
         """
         token.check()
-        taken: Any = self.attempt(line, free, claim, undo)
-        if taken is not NOTHING:
-            return taken
-        self.refuse_reentry()
-        turn = _primitives.Waiter()
+        turn: _primitives.Waiter | None = None
+        taken: Any = NOTHING
         try:
-            with self.enter(): taken = self._queue_up_locked(line, turn, free, claim)  # fmt: skip
-            self._tidy()  # before going to sleep: what a signal handler left may be what is waited for
+            taken = self.attempt(line, free, claim, undo)
             if taken is NOTHING:
+                self.refuse_reentry()
+                turn = _primitives.Waiter()
+                with self.enter(): taken = self._queue_up_locked(line, turn, free, claim)  # fmt: skip
+                self._tidy()  # before going to sleep: what a signal handler left may be what is waited for
+            if taken is NOTHING and turn is not None:
                 self.sleep(line, turn, token, end)
                 token.check()
                 with self.enter(): taken = self._finish_locked(line, turn, claim)  # fmt: skip
                 self._tidy()
+            return taken  # noqa: TRY300 - as above
         except BaseException:
-            self.ask(self._give_up_locked, line, turn, free)
+            if turn is not None:
+                self.ask(self._give_up_locked, line, turn, free)
             if taken is not NOTHING:
                 undo()
             raise
-        return taken
 
     def _queue_up_locked(
         self, line: Line, turn: _primitives.Waiter, free: Callable[[], float], claim: Callable[[], T]

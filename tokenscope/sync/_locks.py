@@ -27,8 +27,7 @@ class _Permits:
         return self._value
 
     def _claim(self) -> bool:
-        self._value -= 1
-        return True
+        self._value -= 1; return True  # fmt: skip  # on one line: an interrupt finds both done, or neither
 
     def _give(self, count: int = 1) -> None:
         self._desk.run(self._give_locked, count)
@@ -38,8 +37,7 @@ class _Permits:
         self._line.serve_locked(self._value)
 
     def _take(self, token: CancellationToken, end: float | None) -> bool:
-        taken = self._desk.obtain(self._line, self._free, self._claim, self._give, token, end)
-        return taken is not NOTHING
+        return self._desk.obtain(self._line, self._free, self._claim, self._give, token, end) is not NOTHING
 
     def _take_now(self) -> bool:
         return self._desk.attempt(self._line, self._free, self._claim, self._give) is not NOTHING
@@ -101,7 +99,7 @@ class Lock(_Permits):
         self.release()
 
     def __repr__(self) -> str:
-        return f"<{'locked' if self.locked() else 'unlocked'} tokenscope.sync.Lock at {id(self):#x}>"
+        return f"<{'locked' if self.locked() else 'unlocked'} tokenscope.sync.Lock object at {id(self):#x}>"
 
     # What a condition asks of its lock, ours and `threading.Condition`.
 
@@ -139,9 +137,7 @@ class RLock(_Permits):
     @override
     def _claim(self) -> bool:
         me = _primitives.get_ident()
-        self._value -= 1  # nothing is called between these two lines: an interrupt finds both done, or neither
-        self._owner, self._count = me, 1
-        return True
+        self._owner, self._count, self._value = me, 1, 0; return True  # fmt: skip  # one line, as above
 
     def release(self) -> None:
         """Let the lock go once.
@@ -174,7 +170,7 @@ class RLock(_Permits):
 
     def __repr__(self) -> str:
         state = "locked" if self.locked() else "unlocked"
-        return f"<{state} tokenscope.sync.RLock owner={self._owner} count={self._count} at {id(self):#x}>"
+        return f"<{state} tokenscope.sync.RLock object owner={self._owner} count={self._count} at {id(self):#x}>"
 
     def _is_owned(self) -> bool:
         return self._owner == _primitives.get_ident()

@@ -35,6 +35,7 @@ from tokenscope._core.token import CancellationToken, Registration
 from tokenscope._core.workers import on_thread_release
 from tokenscope.background import BackgroundFull, BackgroundScope
 from tokenscope.observe import log as _log
+from tokenscope.waiting import wait_any
 
 __all__ = [
     "BackgroundFull",
@@ -70,6 +71,7 @@ __all__ = [
     "shield",
     "sleep",
     "use_token",
+    "wait_any",
 ]
 
 __version__ = "0.1.0"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from tokenscope._core.crew import Crew
     from tokenscope._core.token import Registration
-    from tokenscope._core.tree import Cut
+    from tokenscope._core.tree import Cut, Wakeup
 
 __all__ = ["Task"]
 
@@ -105,7 +105,7 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         self._crew = crew
         self._call: list[tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]]] = [(fn, args, kwargs)]
         self._context: Context | None = copy_context()
-        self._watchers: list[_primitives.Waiter] = []
+        self._watchers: list[Wakeup] = []
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]  # a plain attribute in Future

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compat.matrix import LATEST, Matrix, load
 from compat.report import ROOT, page, read_results
 from compat.run import DISTRIBUTION
-from compat.scenario import STEPS
+from compat.stories import STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +33,8 @@ def disagreements(root: Path = ROOT) -> list[str]:
 
 
 def _unknown_limits(matrix: Matrix) -> Iterator[str]:
-    names = {step.name for step in STEPS}
     for peer in matrix.peers:
+        names = {step.name for step in STEPS[peer.kind]}
         for limit in peer.limits:
             if limit.step not in names:
                 yield f"matrix.toml: {peer.name} has a limit for {limit.step!r}, which is no step"
@@ -64,8 +64,9 @@ def _untrue(matrix: Matrix, record: Record, version: str) -> Iterator[str]:
         yield f"results.json: {key} passed on Python {record['ran']['python']}"
     if record["ran"][DISTRIBUTION] != version:
         yield f"results.json: {key} passed on tokenscope {record['ran'][DISTRIBUTION]}, this is {version}"
-    if [step["step"] for step in record["steps"]] != [step.name for step in STEPS]:
-        yield f"results.json: {key} was told another story than the one in scenario.py"
+    kind = next((peer.kind for peer in matrix.peers if peer.name == record["peer"]), "server")
+    if [step["step"] for step in record["steps"]] != [step.name for step in STEPS[kind]]:
+        yield f"results.json: {key} was told another story than there is for a {kind}"
     limited = {limit.step for peer in matrix.peers if peer.name == record["peer"] for limit in peer.limits}
     for step in record["steps"]:
         allowed = "not applicable" if step["step"] in limited else "pass"

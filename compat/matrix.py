@@ -38,6 +38,7 @@ class Peer:
     runs: tuple[tuple[dict[str, str], tuple[str, ...]], ...]
     limits: tuple[Limit, ...] = ()
     needs: tuple[str, ...] = ()
+    service: str = ""
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -86,6 +87,8 @@ class Matrix:
 
     def _requirements(self, peer: Peer, versions: Mapping[str, str]) -> dict[str, str]:
         """A server's cell also holds the client in its latest version, and the other way round."""
+        if peer.kind == "database":
+            return dict(versions)
         other = self.client if peer.kind == "server" else self.server
         return {
             **dict.fromkeys(self.packages, LATEST),
@@ -117,8 +120,8 @@ def load(path: Path = FILE) -> Matrix:
 
 
 def _peer(row: dict[str, Any]) -> Peer:
-    if row["kind"] not in {"server", "client"}:
-        raise ValueError(f"{row['name']}: a peer is a server or a client, not a {row['kind']}")
+    if row["kind"] not in {"server", "client", "database"}:
+        raise ValueError(f"{row['name']}: a peer is a server, a client or a database, not a {row['kind']}")
     return Peer(
         name=row["name"],
         kind=row["kind"],
@@ -126,4 +129,5 @@ def _peer(row: dict[str, Any]) -> Peer:
         runs=tuple((dict(run["versions"]), tuple(run["python"])) for run in row["runs"]),
         limits=tuple(Limit(**limit) for limit in row.get("limit", ())),
         needs=tuple(row.get("needs", ())),
+        service=row.get("service", ""),
     )

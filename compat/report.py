@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compat.matrix import load
 from compat.run import DISTRIBUTION
-from compat.scenario import STEPS
+from compat.stories import STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-# Steps whose seconds are worth a column, and its heading.
-_COLUMNS = {
+# Steps whose seconds are worth a column, and its heading, for each kind of peer.
+_EXCHANGE = {
     "reason": "all woken",
     "joined": "all joined",
     "upstream": "upstream closed",
@@ -28,16 +28,21 @@ _COLUMNS = {
     "deadline": "504 after deadline",
     "shutdown": "shutdown",
 }
+_COLUMNS = {
+    "server": _EXCHANGE,
+    "client": _EXCHANGE,
+    "database": {"cut": "woken", "server": "server idle", "deadline": "after deadline", "deaf server": "deaf server"},
+}
 
 _HEAD = """\
 # What is supported, and where that was seen
 
 *Generated from `compat/results.json`. Do not edit: run `python -m compat` (see `compat/README.md`).*
 
-Each row is one telling of the same story (below) to the real versions in it, with the wheel of tokenscope
-{tokenscope}. A row passes if every step does. Times are milliseconds on the machine of that day, medians
-where a step is repeated: from the visitor's hang-up (or the deadline) to the *last* of its effects, seen
-from outside of the process. They tell "at once" from "sooner or later"; `bench/` measures how fast it can be.
+Each row is one telling of a story (below) to the real versions in it, with the wheel of tokenscope {tokenscope}.
+A row passes if every step does. Times are milliseconds on the machine of that day, medians where a step is
+repeated: from the visitor's hang-up (or the deadline, the cancel) to the *last* of its effects, seen from outside
+of the process. They tell "at once" from "sooner or later"; `bench/` measures how fast it can be.
 """
 
 _STATUS = {"pass": "pass", "fail": "**FAIL**", "missing": "not run", "not applicable": "n/a"}
@@ -80,23 +85,24 @@ def page(matrix: Matrix, records: Sequence[Record]) -> str:
 
 def _tables(matrix: Matrix, records: Sequence[Record]) -> Iterator[str]:
     cells = {cell.key: cell for cell in matrix.cells}
-    for kind, title in (("server", "Servers"), ("client", "Clients")):
+    for kind, title in (("server", "Servers"), ("client", "Clients"), ("database", "Databases")):
+        columns = _COLUMNS[kind]
         rows = [
-            _row(cells[record["cell"]], record)
+            _row(cells[record["cell"]], record, columns)
             for record in records
             if record["cell"] in cells and cells[record["cell"]].peer.kind == kind
         ]
         yield f"## {title}\n"
-        yield _table([kind, "Python", "result", *(f"{heading}, ms" for heading in _COLUMNS.values()), "seen"], rows)
+        yield _table([kind, "Python", "result", *(f"{heading}, ms" for heading in columns.values()), "seen"], rows)
 
 
-def _row(cell: Cell, record: Record) -> list[str]:
+def _row(cell: Cell, record: Record, columns: Mapping[str, str]) -> list[str]:
     steps = {step["step"]: step for step in record.get("steps", ())}
     return [
         _name(cell, record),
         record.get("ran", {}).get("python", cell.python),
         _STATUS[record["status"]],
-        *(_milliseconds(steps.get(step, {})) for step in _COLUMNS),
+        *(_milliseconds(steps.get(step, {})) for step in columns),
         f"{record['date']}, {record['platform']}",
     ]
 
@@ -105,7 +111,7 @@ def _name(cell: Cell, record: Record) -> str:
     """What ran, or should have run. The server's cells name the server, the client's every package of it."""
     ran = record.get("ran", {})
     versions = [f"{package} {ran.get(package, version)}" for package, version in cell.versions.items()]
-    if cell.peer.kind == "client":
+    if cell.peer.kind != "server":
         return ", ".join(versions)
     own = [ran.get(package, version) for package, version in cell.versions.items()]
     return " ".join([cell.peer.name, *(own or ["(standard library)"])])
@@ -143,8 +149,10 @@ def _limits(matrix: Matrix) -> Iterator[str]:
 
 
 def _story() -> str:
-    told = "\n".join(f"{step.number}. *{step.name}*: {step.claim}." for step in STEPS)
-    return f"## The story\n\n{told}\n"
+    return "\n".join(
+        f"## {title}\n\n" + "\n".join(f"{step.number}. *{step.name}*: {step.claim}." for step in STEPS[kind]) + "\n"
+        for kind, title in (("server", "The story"), ("database", "The story of a database driver"))
+    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

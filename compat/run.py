@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,20 @@ HERE = Path(__file__).parent
 
 #: What pip calls tokenscope.
 DISTRIBUTION = "tokenscope-threads"
+
+
+#: The module that tells the story of each kind of peer.
+STORIES = {"server": "compat.scenario", "client": "compat.scenario", "database": "compat.query"}
+
+
+def _answers(service: str) -> bool:
+    """Whether somebody listens there."""
+    host, _, port = service.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 class Bench:
@@ -78,21 +93,29 @@ class Bench:
     def _tell(self, cell: Cell, interpreter: Path, folder: Path) -> Record:
         if absent := [program for program in cell.peer.needs if not shutil.which(program)]:
             return {"status": "missing", "reason": f"no {', '.join(absent)} on this machine"}
-        server, client = self._matrix.played(cell)
-        limits = {limit.step: limit.reason for limit in cell.peer.limits}
+        if cell.peer.service and not _answers(cell.peer.service):
+            return {"status": "missing", "reason": f"nobody listens on {cell.peer.service}"}
         todo, done = folder / "todo.json", folder / "done.json"
-        todo.write_text(json.dumps({"server": server.driver, "client": client.driver[0], "limits": limits}))
+        todo.write_text(json.dumps(self._task(cell)))
         done.unlink(missing_ok=True)
-        said = self._scenario(interpreter, todo, done)
+        said = self._scenario(interpreter, STORIES[cell.peer.kind], todo, done)
         if not done.exists():
             return {"status": "fail", "reason": f"the story broke off: {said or 'without a word'}"}
         return _judged(cell, json.loads(done.read_text()), interpreter)
 
-    def _scenario(self, interpreter: Path, todo: Path, done: Path) -> str:
+    def _task(self, cell: Cell) -> Record:
+        """What a story has to know."""
+        limits = {limit.step: limit.reason for limit in cell.peer.limits}
+        if cell.peer.kind == "database":
+            return {"driver": cell.peer.driver, "limits": limits}
+        server, client = self._matrix.played(cell)
+        return {"server": server.driver, "client": client.driver[0], "limits": limits}
+
+    def _scenario(self, interpreter: Path, story: str, todo: Path, done: Path) -> str:
         """Tell the story in a process of the environment; the last line that it said in its despair."""
         environ = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
         process = subprocess.Popen(
-            [interpreter, "-m", "compat.scenario", todo, done],
+            [interpreter, "-m", story, todo, done],
             cwd=self._folder,
             env={**environ, "PYTHONDONTWRITEBYTECODE": "1"},
             stdin=subprocess.DEVNULL,

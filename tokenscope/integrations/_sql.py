@@ -36,13 +36,15 @@ Fork: a guard belongs to the process that made it. In another one it does nothin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+import socket
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tokenscope._core import _primitives, events, workers
 from tokenscope._core import token as tokens
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 
     from tokenscope._core.token import CancellationToken
 
-__all__ = ["END", "Driver", "Guard", "next_or_end"]
+__all__ = ["END", "Driver", "Guard", "next_or_end", "shut_down"]
 
 #: What `next_or_end` answers when there are no more rows.
 END = object()
@@ -71,6 +73,10 @@ _ENDING = re.compile(
 )
 
 
+def _never(_connection: object) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Driver:
     """What a guard does to the connections of one library.
@@ -82,6 +88,8 @@ class Driver:
             back, and answer whether the connection is as good as before.
         close: Called with a connection on its owner's thread, if it is not.
         hang_up: Called with a connection by any thread, when stopping did not help: break it.
+        midway: Called with a connection on its owner's thread: whether it is in the middle of an answer
+            that somebody has to read to its end.
         certain: A call that returns although it was stopped has really succeeded.
     """
 
@@ -89,18 +97,20 @@ class Driver:
     recover: Callable[[Any, Exception | None], bool]
     close: Callable[[Any], object]
     hang_up: Callable[[Any], object] | None = None
+    midway: Callable[[Any], bool] = _never
     certain: bool = True
 
 
 class _Call:
     """One blocking call: whom it works for, and what was done to it."""
 
-    __slots__ = ("ended", "fired", "rung", "token")
+    __slots__ = ("ended", "fired", "in_doubt", "rung", "token")
 
     def __init__(self, token: CancellationToken) -> None:
         self.token = token
         self.rung = False  # a worker is on its way
         self.fired = False  # one-way, under the lock: it was stopped, or its connection broken
+        self.in_doubt = False  # one-way, under the lock: it is not known what arrived, or still will
         self.ended: _primitives.Waiter | None = None  # made under the lock, by the first worker
 
 
@@ -130,7 +140,6 @@ class Guard:
         token = current_token()
         if token is tokens.NEVER or standing_back() or self._pid != os.getpid():
             return operation(*args, **kwargs)
-        token.check()
         call = _Call(token)
         try:
             self._begin(call)
@@ -141,18 +150,22 @@ class Guard:
                 self._settle(call, error)
             raise
         self._end(call)
-        if call.fired and not self._driver.certain:
+        if call.fired and (call.in_doubt or not self._driver.certain):
             self._settle(call, None)
         return answer
 
     def statement(self, sql: object, operation: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As `call`, `commit` or `rollback`, by what the statement says."""
-        ending = _ENDING.match(sql) if isinstance(sql, str) else None
-        if ending is None:
-            return self.call(operation, *args, **kwargs)
-        if ending["commit"]:
-            return self.commit(operation, *args, **kwargs)
-        return self.rollback(operation, *args, **kwargs)
+        return self.ending(sql, functools.partial(self.call, operation), operation)(*args, **kwargs)
+
+    def ending(self, sql: object, otherwise: Callable[..., Any], operation: Callable[..., Any]) -> Callable[..., Any]:
+        """``operation`` as a `commit` or a `rollback`, if the statement is one; else ``otherwise``."""
+        if isinstance(sql, bytes):
+            sql = sql.decode("latin-1")
+        found = _ENDING.match(sql) if isinstance(sql, str) else None
+        if found is None:
+            return otherwise
+        return functools.partial(self.commit if found["commit"] else self.rollback, operation)
 
     def commit(self, operation: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a call that commits: refused if the current token is cancelled, and out of reach once it has begun.
@@ -170,12 +183,23 @@ class Guard:
             return operation(*args, **kwargs)
 
     def _begin(self, call: _Call) -> None:
+        if call.token.cancelled:
+            self._refuse(call.token)
         # Visible first, then registered, then looked: no cancel falls in between.
         with self._lock: self._calls.append(call)  # fmt: skip
         if self._attached() is not call.token:
             tokens.attach(call.token, self)  # weakly, and never detached: who is woken looks at what runs then
             self._attached = weakref.ref(call.token)
-        call.token.check()
+        if call.token.cancelled:
+            self._refuse(call.token)
+
+    def _refuse(self, token: CancellationToken) -> NoReturn:
+        """Begin nothing. What was begun and would never be read to its end is nobody's any more."""
+        connection = self._connection()
+        if self._driver.midway(connection):
+            self._discard(connection)
+        token.check()
+        raise AssertionError  # the token is cancelled, once and for ever
 
     def _end(self, call: _Call) -> None:
         with self._lock: _primitives.discard(self._calls, call)  # fmt: skip
@@ -191,21 +215,27 @@ class Guard:
         tokens.expire_if_due(call.token)
         if not call.token.cancelled:
             return
-        with uninterruptible():
-            self._put_in_order(self._connection(), error)  # the owner keeps it alive
+        connection = self._connection()  # its owner keeps it alive
+        if call.in_doubt or not self._recover(connection, error):
+            self._discard(connection)
         tokens.raise_if_cancelled(call.token, error)
 
-    def _put_in_order(self, connection: object, error: Exception | None) -> None:
+    def _recover(self, connection: object, error: Exception | None) -> bool:
+        good = False
         try:
-            self.discarded = not self._driver.recover(connection, error)
+            with uninterruptible():
+                good = self._driver.recover(connection, error)
         except Exception as failure:
-            self.discarded = True
             self._tell("recovery", failure)
-        if self.discarded:
-            try:
+        return good
+
+    def _discard(self, connection: object) -> None:
+        self.discarded = True
+        try:
+            with uninterruptible():
                 self._driver.close(connection)
-            except Exception as failure:
-                self._tell("close", failure)
+        except Exception as failure:
+            self._tell("close", failure)
 
     # --- the canceller's side -------------------------------------------------------------------------------
 
@@ -246,6 +276,7 @@ class Guard:
                 try:
                     action(connection)
                 except Exception as error:
+                    call.in_doubt = True
                     self._tell("stop", error)
         return True
 
@@ -267,3 +298,13 @@ def next_or_end(step: Callable[[], Any]) -> Any:
 
 def _nothing() -> None:
     """In place of a weak reference, before the first call."""
+
+
+def shut_down(descriptor: int) -> None:
+    """Break the connection under a driver. Its owner is in a call, so that the descriptor cannot be another's.
+
+    Never through the driver, which would close it: a closed descriptor wakes nobody, and its number may be somebody
+    else's a microsecond later.
+    """
+    with socket.socket(fileno=os.dup(descriptor)) as twin, contextlib.suppress(OSError):  # it is broken already
+        twin.shutdown(socket.SHUT_RDWR)

@@ -3,12 +3,13 @@
 guarded:      what the driver's own integration guards: each statement, each fetch, pings and connects
 interrupted:  as the driver's own integration does it; the connection stays in its pool if it was put in order
 not:          waiting for a connection of the pool (until ``pool_timeout``); COMMIT (on purpose); async engines
-versions:     sqlalchemy >=2.0, on sqlite3
+versions:     sqlalchemy >=2.0, on sqlite3, psycopg and psycopg2
 compat:       tests/integrations/test_sqlalchemy.py
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokenscope._core.errors import Cancelled, TokenScopeError
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect, ExceptionContext
 
 __all__ = ["instrument", "uninstrument"]
+
+# What SQLAlchemy calls a driver, and the integration for it.
+_MODULES = {"pysqlite": "sqlite3", "psycopg": "psycopg", "psycopg2": "psycopg2"}
 
 
 def instrument(engine: sqlalchemy.Engine) -> None:
@@ -71,11 +75,12 @@ def _connect_of(dialect: Dialect) -> Callable[..., Any]:
     Raises:
         TokenScopeError: There is none for this driver.
     """
-    if dialect.driver == "pysqlite":
-        from tokenscope.integrations import sqlite3  # noqa: PLC0415  # only the driver in use need be installed
-
-        return sqlite3.connect
-    raise TokenScopeError(f"tokenscope cannot cancel queries of SQLAlchemy's driver {dialect.driver!r}")
+    module = _MODULES.get(dialect.driver)
+    if module is None:
+        raise TokenScopeError(f"tokenscope cannot cancel queries of SQLAlchemy's driver {dialect.driver!r}")
+    # Only the driver in use need be installed.
+    connect: Callable[..., Any] = importlib.import_module(f"tokenscope.integrations.{module}").connect
+    return connect
 
 
 def _keep_if_in_order(context: ExceptionContext) -> None:

@@ -64,6 +64,7 @@ def test_using_wsgi_needs_no_framework():
         ("tokenscope.integrations.flask", "flask", "pip install tokenscope-threads[flask]"),
         ("tokenscope.integrations.psycopg", "psycopg", "pip install tokenscope-threads[psycopg]"),
         ("tokenscope.integrations.psycopg2", "psycopg2", "pip install tokenscope-threads[psycopg2]"),
+        ("tokenscope.integrations.pymysql", "pymysql", "pip install tokenscope-threads[pymysql]"),
         ("tokenscope.integrations.sqlalchemy", "sqlalchemy", "pip install tokenscope-threads[sqlalchemy]"),
         ("tokenscope.integrations.requests", "requests", "pip install requests"),
         ("tokenscope.integrations.requests", "urllib3", "pip install urllib3"),

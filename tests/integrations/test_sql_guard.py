@@ -147,7 +147,40 @@ def test_the_connection_is_broken_only_when_stopping_does_not_help():
     attempt = begin(link, token)
     token.cancel()
     assert isinstance(attempt.failure(), Cancelled)
-    assert link.history == ["stop"] * 4 + ["hang up", "recover Stopped"]
+    assert link.history == ["stop"] * 4 + ["hang up", "close"]
+
+
+def test_a_stop_that_hangs_does_not_keep_the_connection_from_being_broken():
+    """In a dead network the second connection hangs like the first; nobody waits for it once the first is broken."""
+    go = threading.Event()
+    link, token = Link(replace(DRIVER, stop=lambda _link: go.wait(WAIT))), CancellationToken()
+    attempt = begin(link, token)
+    token.cancel()
+    assert isinstance(attempt.failure(), Cancelled)
+    assert link.history == ["hang up", "close"]
+    go.set()
+
+
+def test_no_call_begins_while_a_stop_is_under_way():
+    """Somebody else's call waits: the stop would hit it."""
+    stopping, go = threading.Event(), threading.Event()
+
+    def stop(link: Link) -> None:
+        stopping.set()
+        assert go.wait(WAIT)
+        link.stop()
+
+    link, token = Link(replace(DRIVER, stop=stop, hang_up=None)), CancellationToken()
+    attempt = begin(link, token)
+    token.cancel()
+    assert stopping.wait(WAIT)
+    link.began.clear()
+    other = Attempt(lambda: link.guard.call(link.query), CancellationToken())
+    assert not link.began.wait(0.05)
+    go.set()
+    assert isinstance(attempt.failure(), Cancelled)
+    link.answer.set()
+    assert other.value() == "rows"
 
 
 def test_a_stop_that_fails_is_told_and_repeated():
@@ -232,7 +265,8 @@ def test_a_worker_that_comes_late_does_nothing():
     link.answer.set()
     assert attempt.value() == "rows"
     token.cancel()
-    link.guard._stop_until_ended(call)
+    link.guard._stop_until_ended(call, threading.Event())
+    link.guard._break_if_deaf(call, threading.Event(), Link.hang_up)
     assert link.history == []
 
 

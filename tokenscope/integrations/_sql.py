@@ -4,31 +4,35 @@ One `Guard` a connection. Each blocking call runs through `Guard.call`, which lo
 nothing of the guard is left in place when the call has ended: an idle connection belongs to nobody.
 
 A cancel asks the database to stop the query; only if that does not help it breaks the connection. Both may
-take long (a second connection), so they are done by a worker. The owner comes back with the driver's error,
+take long (a second connection), so they are done by workers. The owner comes back with the driver's error,
 waits until no worker is at it any more, looks at the *token*, puts the connection in order and raises.
 
 ::
 
-    owner       begin -----> blocked in the driver -----------> end -> recover -> Cancelled
-                  |                                    ^         |
-    canceller     |   flag, wake                       |         |
-    worker        |     `-> stop, pause, stop, ... -> break      `- waits for the worker's lock
+    owner       begin -----> blocked in the driver -------------> end -> recover -> Cancelled
+                  |                                      ^         |
+    canceller     |   flag, wake                         |         |
+    worker        |     |`-> stop, pause, stop, ... ------+|         `- waits while a stop is under way
+    worker        |     `--> (deaf?) break ---------------+
 
-States of a call: *running* (in ``_calls``) -> *ended*; ``fired`` is set, once, when something was done to it.
+States of a call: *running* (in ``_calls``) -> *ended*; ``fired`` is set, once, when something was done to it, and
+``broken`` when that was the connection's end.
 
 Invariants
-    1. Something is done to the connection with the lock held, and while the call it is meant for is running. The
-       calls are told apart by identity. So after `_end` no cancel reaches the connection, and one that comes late
-       finds another call, or none.
+    1. Something is done to the connection only if it is begun while the call it is meant for is running; `_acting`
+       counts what is under way. Calls are told apart by identity, and none begins or returns while something is
+       under way (unless the connection is broken, and done for). So a cancel that comes late finds another call,
+       or none, and never hits it.
     2. It is done only if *every* running call of the connection is cancelled: a database cancels what a connection
        does, whoever asked for it. (Threads that share a connection, and calls inside of calls.)
     3. One stop is not enough: one that comes before the driver has begun is lost. So it is repeated until the call
        has ended.
-    4. `wake` takes no lock and calls nothing that blocks: it may run in signal handlers and finalizers.
-    5. Between COMMIT and its answer nothing is done: `Guard.commit` is ``uninterruptible``, and in such a section
+    4. Breaking does not wait for stopping, which may itself hang in a dead network.
+    5. `wake` takes no lock and calls nothing that blocks: it may run in signal handlers and finalizers.
+    6. Between COMMIT and its answer nothing is done: `Guard.commit` is ``uninterruptible``, and in such a section
        `Guard.call` stands back.
 
-Lock order: the lock is a leaf but for what drivers take inside of ``stop``, which they give a time limit.
+Lock order: the lock is a leaf; nothing of a driver is called under it.
 
 Fork: a guard belongs to the process that made it. In another one it does nothing to the connection, which is the
     parent's too.
@@ -38,6 +42,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import socket
@@ -63,10 +68,12 @@ END = object()
 # Seconds between one stop and the next; the last one again and again. A stop is lost if it comes before the
 # database has begun, which is a matter of microseconds; later ones are for a server that is slow to obey.
 _PAUSES = (0.005, 0.02, 0.1, 0.5)
+# Seconds after which a server that has not obeyed counts as deaf.
+_DEAF_AFTER = 0.5
 
 # The statements that end a transaction, after blanks and comments. `END` and `RELEASE` commit, too: the
 # latter if it names the outermost savepoint.
-_COMMITS = "COMMIT|END|RELEASE|PREPARE\\s+TRANSACTION"
+_COMMITS = "COMMIT|END|RELEASE|PREPARE\\s+TRANSACTION|XA\\s+(?:COMMIT|PREPARE)"
 _ROLLBACKS = "ROLLBACK|ABORT"
 _ENDING = re.compile(
     rf"(?:\s|--[^\n]*\n|/\*.*?\*/|;)*(?:(?P<commit>{_COMMITS})|(?P<rollback>{_ROLLBACKS}))\b", re.IGNORECASE | re.DOTALL
@@ -104,26 +111,39 @@ class Driver:
 class _Call:
     """One blocking call: whom it works for, and what was done to it."""
 
-    __slots__ = ("ended", "fired", "in_doubt", "rung", "token")
+    __slots__ = ("broken", "ended", "fired", "in_doubt", "rung", "token")
 
     def __init__(self, token: CancellationToken) -> None:
         self.token = token
-        self.rung = False  # a worker is on its way
+        self.rung = False  # workers are on their way
         self.fired = False  # one-way, under the lock: it was stopped, or its connection broken
-        self.in_doubt = False  # one-way, under the lock: it is not known what arrived, or still will
-        self.ended: _primitives.Waiter | None = None  # made under the lock, by the first worker
+        self.broken = False  # one-way, under the lock: the latter
+        self.in_doubt = False  # one-way: it is not known what arrived, or still will
+        self.ended: threading.Event | None = None  # made before the workers are called
 
 
 class Guard:
     """Guards one connection; see the module's head. The connection owns the guard, not the other way round."""
 
-    __slots__ = ("__weakref__", "_attached", "_calls", "_connection", "_driver", "_lock", "_pid", "discarded")
+    __slots__ = (
+        "__weakref__",
+        "_acting",
+        "_attached",
+        "_calls",
+        "_connection",
+        "_driver",
+        "_lock",
+        "_pid",
+        "discarded",
+    )
 
     def __init__(self, connection: object, driver: Driver) -> None:
         self._connection = weakref.ref(connection)
         self._driver = driver
-        self._lock = threading.RLock()  # re-entrant: finalizers of cursors call the driver, in the middle of anything
+        # Re-entrant: finalizers of cursors call the driver, in the middle of anything.
+        self._lock = threading.Condition(threading.RLock())
         self._calls: list[_Call] = []  # changes under the lock
+        self._acting = 0  # changes under the lock: how many stops are under way
         self._attached: Callable[[], CancellationToken | None] = _nothing
         self._pid = os.getpid()
         self.discarded = False  # one-way: a cut left the connection in doubt, and it was closed
@@ -186,7 +206,7 @@ class Guard:
         if call.token.cancelled:
             self._refuse(call.token)
         # Visible first, then registered, then looked: no cancel falls in between.
-        with self._lock: self._calls.append(call)  # fmt: skip
+        with self._lock: self._add_locked(call)  # fmt: skip
         if self._attached() is not call.token:
             tokens.attach(call.token, self)  # weakly, and never detached: who is woken looks at what runs then
             self._attached = weakref.ref(call.token)
@@ -201,10 +221,20 @@ class Guard:
         token.check()
         raise AssertionError  # the token is cancelled, once and for ever
 
+    def _add_locked(self, call: _Call) -> None:
+        while self._acting:
+            self._lock.wait()  # what is under way is meant for somebody else
+        self._calls.append(call)
+
     def _end(self, call: _Call) -> None:
-        with self._lock: _primitives.discard(self._calls, call)  # fmt: skip
+        with self._lock: self._remove_locked(call)  # fmt: skip
         if call.ended is not None:
-            call.ended.wake()
+            call.ended.set()
+
+    def _remove_locked(self, call: _Call) -> None:
+        _primitives.discard(self._calls, call)
+        while self._acting and not call.broken:
+            self._lock.wait()
 
     def _settle(self, call: _Call, error: Exception | None) -> None:
         """Decide what an end means: under a cancelled token every failure is the cancel's doing.
@@ -216,7 +246,7 @@ class Guard:
         if not call.token.cancelled:
             return
         connection = self._connection()  # its owner keeps it alive
-        if call.in_doubt or not self._recover(connection, error):
+        if call.in_doubt or call.broken or not self._recover(connection, error):
             self._discard(connection)
         tokens.raise_if_cancelled(call.token, error)
 
@@ -231,11 +261,16 @@ class Guard:
 
     def _discard(self, connection: object) -> None:
         self.discarded = True
+        with uninterruptible():
+            if self._driver.midway(connection):  # the server would work on for nobody
+                self._try("stop", self._driver.stop, connection)
+            self._try("close", self._driver.close, connection)
+
+    def _try(self, what: str, action: Callable[[Any], object], connection: object) -> None:
         try:
-            with uninterruptible():
-                self._driver.close(connection)
+            action(connection)
         except Exception as failure:
-            self._tell("close", failure)
+            self._tell(what, failure)
 
     # --- the canceller's side -------------------------------------------------------------------------------
 
@@ -246,42 +281,56 @@ class Guard:
         for call in tuple(self._calls):
             if call.token.cancelled and not call.rung:
                 call.rung = True
-                self._hand_over(call)
+                call.ended = call.ended or threading.Event()
+                self._hand_over(call, call.ended)
 
-    def _hand_over(self, call: _Call) -> None:
+    def _hand_over(self, call: _Call, ended: threading.Event) -> None:
         try:
-            workers.submit(functools.partial(self._stop_until_ended, call))
+            workers.submit(functools.partial(self._stop_until_ended, call, ended))
+            if self._driver.hang_up is not None:
+                workers.submit(functools.partial(self._break_if_deaf, call, ended, self._driver.hang_up))
         except RuntimeError as error:  # no thread to be had: once is better than never
             self._tell("stop", error)
             self._act(call, self._driver.stop)
 
-    def _stop_until_ended(self, call: _Call) -> None:
-        """Stop a call, break its connection if it does not obey, and stay with it until it has ended."""
-        for pause in _PAUSES:
-            if not self._act(call, self._driver.stop) or self._ends_within(call, pause):
-                return
-        while self._act(call, self._driver.hang_up or self._driver.stop):
-            if self._ends_within(call, _PAUSES[-1]):
+    def _stop_until_ended(self, call: _Call, ended: threading.Event) -> None:
+        for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
+            if not self._act(call, self._driver.stop) or ended.wait(pause):
                 return
 
-    def _act(self, call: _Call, action: Callable[[Any], object]) -> bool:
+    def _break_if_deaf(self, call: _Call, ended: threading.Event, hang_up: Callable[[Any], object]) -> None:
+        while not ended.wait(_DEAF_AFTER) and self._act(call, hang_up, final=True):
+            pass
+
+    def _act(self, call: _Call, action: Callable[[Any], object], *, final: bool = False) -> bool:
         """Do something to the connection if that hits nobody else; False if the call has ended."""
-        with self._lock:
-            connection = self._connection()
-            if call not in self._calls or connection is None:
-                return False
-            call.ended = call.ended or _primitives.Waiter()
-            if all(running.token.cancelled for running in self._calls):
-                call.fired = True
-                try:
-                    action(connection)
-                except Exception as error:
-                    call.in_doubt = True
-                    self._tell("stop", error)
+        connection = self._connection()
+        with self._lock: state = self._claim_locked(call, final=final)  # fmt: skip
+        if not state:
+            return state is not None
+        try:
+            action(connection)
+        except Exception as error:
+            call.in_doubt = True
+            self._tell("stop", error)
+        finally:
+            with self._lock: self._done_locked()  # fmt: skip
         return True
 
-    def _ends_within(self, call: _Call, seconds: float) -> bool:
-        return call.ended is not None and call.ended.wait(seconds)
+    def _claim_locked(self, call: _Call, *, final: bool) -> bool | None:
+        """Whether to act now; None if the call has ended."""
+        if call not in self._calls:
+            return None
+        if not all(running.token.cancelled for running in self._calls):
+            return False
+        call.fired = True
+        call.broken = call.broken or final
+        self._acting += 1
+        return True
+
+    def _done_locked(self) -> None:
+        self._acting -= 1
+        self._lock.notify_all()
 
     def _tell(self, what: str, error: Exception) -> None:
         name = type(self._connection()).__module__

@@ -3,7 +3,7 @@
 guarded:      what the driver's own integration guards: each statement, each fetch, pings and connects
 interrupted:  as the driver's own integration does it; the connection stays in its pool if it was put in order
 not:          waiting for a connection of the pool (until ``pool_timeout``); COMMIT (on purpose); async engines
-versions:     sqlalchemy >=2.0, on sqlite3, psycopg and psycopg2
+versions:     sqlalchemy >=2.0, on sqlite3, psycopg, psycopg2 and PyMySQL
 compat:       tests/integrations/test_sqlalchemy.py
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["instrument", "uninstrument"]
 
 # What SQLAlchemy calls a driver, and the integration for it.
-_MODULES = {"pysqlite": "sqlite3", "psycopg": "psycopg", "psycopg2": "psycopg2"}
+_MODULES = {"pysqlite": "sqlite3", "psycopg": "psycopg", "psycopg2": "psycopg2", "pymysql": "pymysql"}
 
 
 def instrument(engine: sqlalchemy.Engine) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import tracemalloc
 import weakref
 from contextlib import contextmanager
 
 import pytest
 from actors import WAIT, until
+from crowd import Runner
 
 from tokenscope import CancellationToken, Cancelled
 from tokenscope._core.timer import timer
+from tokenscope._core.token import attach
 
 DEEP = 10_000
 MANY = 100_000
@@ -61,6 +64,38 @@ def test_a_child_of_a_cancelled_token_is_born_cancelled():
     assert token.child().reason is token.reason
     assert token.child(timeout=60).reason is token.reason
     assert CancellationToken.linked(CancellationToken(), token).reason is token.reason
+
+
+def test_a_late_link_brings_the_cancel_to_the_callbacks_too():
+    """A child whose link was put off, for its tree was held elsewhere, is told all when it is linked."""
+    parent, other = CancellationToken(), CancellationToken()
+    parent.cancel()
+    held, let_go, calls, made = threading.Event(), threading.Event(), [], []
+
+    def hold():
+        with parent._tree.lock:
+            held.set()
+            assert let_go.wait(WAIT)
+
+    class InTheMiddle:
+        """Its hash is asked for inside a locked section, as a finalizer may run there."""
+
+        def __hash__(self):
+            made.append(parent.child())
+            let_go.set()
+            holder.result()
+            made[0].on_cancel(calls.append, 1)
+            return 1
+
+        def wake(self):
+            raise AssertionError("nobody cancels the other tree")
+
+    holder = Runner(hold)
+    assert held.wait(WAIT)
+    attach(other, InTheMiddle())
+    assert made[0].reason is parent.reason
+    assert calls == [1]
+    assert not parent._tree.pinned
 
 
 def test_everything_is_marked_before_the_first_callback():

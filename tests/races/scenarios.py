@@ -6,7 +6,7 @@ import weakref
 
 import tokenscope
 from tokenscope import CancellationToken, Cancelled, ScopeClosed, ThreadScope
-from tokenscope._core import workers
+from tokenscope._core import _primitives, workers
 from tokenscope._core.token import attach, detach
 
 
@@ -84,6 +84,31 @@ def cancel_and_child():
         assert [token.reason for token in made] == [root.reason] * 2
 
     return [root.cancel, make], check
+
+
+def register_on_the_child_of_a_cancelled_token():
+    """It is cancelled when it is handed out, also while somebody else is at the tree; its callback is called."""
+    root = CancellationToken()
+    root.cancel()
+    born, calls = [], []
+
+    def make():
+        token = root.child()
+        born.append(token.cancelled)
+        token.on_cancel(calls.append, 1)
+
+    def check():
+        assert born == [True]
+        assert calls == [1]
+        assert not root._tree.pinned
+
+    return [lambda: attach_and_detach(root), make], check
+
+
+def attach_and_detach(token):
+    for waiter in (_primitives.Waiter(), _primitives.Waiter()):
+        attach(token, waiter)
+        detach(token, waiter)
 
 
 def cancel_and_link():
@@ -381,6 +406,7 @@ SMALL = [
     cancel_and_close,
     close_and_close_and_cancel,
     cancel_and_child,
+    register_on_the_child_of_a_cancelled_token,
     cancel_and_link,
     two_cancels,
     cancel_above_and_below,

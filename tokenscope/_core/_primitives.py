@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import CodeType, FrameType
+    from types import FrameType
 
 __all__ = [
     "MAX_WAIT",
@@ -30,7 +30,6 @@ __all__ = [
     "discard",
     "get_ident",
     "getpid",
-    "inline_sections",
     "is_held",
     "is_owned",
     "is_section",
@@ -97,14 +96,8 @@ def stack_here() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-#: Those who hold a lock in a line of their own, and not in a function called ``..._locked``.
-inline_sections: list[CodeType] = []
-
-
 def is_section(frame: FrameType) -> bool:
     """Whether the frame is, or contains, a locked section of the library's: they are called ``..._locked``."""
-    if any(frame.f_code is code for code in inline_sections):
-        return True
     module = str(frame.f_globals.get("__name__", ""))
     return frame.f_code.co_name.endswith("_locked") and module.startswith("tokenscope.")
 

@@ -126,7 +126,7 @@ class CancellationToken:
         else:
             # Linked first, then looked: a cancel sets the flag and descends in one locked section, so it either finds
             # the token or has been seen here.
-            with tree.lock: below.refs.add(_ref(token, below.bury))
+            with tree.lock: below.add_locked(token)
             if self._cut is not None or tree.inbox or tree.unfinished:
                 tree.run(tree.link_locked, self, token)
         if seconds is not None:
@@ -397,9 +397,7 @@ class _DeadlineAlarm(timer.Alarm):
             token._expire()
 
 
-_primitives.inline_sections.append(CancellationToken.child.__code__)
 _bare = object.__new__
-_ref = weakref.ref
 
 
 # --- for the rest of the library ----------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ __all__ = ["Cut", "Extras", "Flock", "Registration", "Tree", "Wakeup"]
 
 
 T = TypeVar("T")
+_ref = weakref.ref  # each child makes one
 
 
 class Wakeup(Protocol):
@@ -99,10 +100,10 @@ class Flock(Generic[T]):
         self.bury = self.refs.discard
 
     def add_locked(self, member: T) -> None:
-        self.refs.add(weakref.ref(member, self.bury))
+        self.refs.add(_ref(member, self.bury))
 
     def discard_locked(self, member: T) -> None:
-        self.refs.discard(weakref.ref(member))
+        self.refs.discard(_ref(member))
 
 
 class Extras:
@@ -184,10 +185,12 @@ class Tree(_primitives.Room):
             if parent._down is None:
                 parent._down = Flock()
             parent._down.add_locked(token)
-        elif token._tree is self:
+        elif token._tree is not self:  # a linked token: its flag is under its own lock, so this comes after ours
+            return functools.partial(parent._cut.bring_to, token)
+        elif token._more is None and token._down is None:
             token._cut = token._cut or parent._cut
-        else:  # a linked token: its flag is under its own lock, so this comes after ours
-            return functools.partial(parent._cut.echo, token)
+        else:  # its link was put off, and it has callbacks or children meanwhile: our `settle` tells them
+            self.begin_locked(token, parent._cut.echo(token))
         return None
 
     def attach_locked(self, token: CancellationToken, wakeup: Wakeup) -> None:
@@ -374,11 +377,15 @@ class Cut:
         error._cut = self
         return error
 
-    def echo(self, token: CancellationToken) -> None:
-        """Bring this cancel to ``token``, which became a child of a cancelled token of another tree."""
+    def echo(self, token: CancellationToken) -> Cut:
+        """This cancel as it has to begin once more at ``token``, which became a child of a cancelled token late."""
         echo = Cut(token, self.reason, by_library=self.by_library)
         echo.origin, echo.origin_name, echo.when = self.origin, self.origin_name, self.when
-        echo.start(token)
+        return echo
+
+    def bring_to(self, token: CancellationToken) -> None:
+        """Cancel ``token``, of another tree, with the same words."""
+        self.echo(token).start(token)
 
     def start(self, token: CancellationToken) -> bool:
         """Cancel ``token`` for this reason; True if this one won. Returns when callbacks on this thread have run."""

@@ -56,7 +56,7 @@ def heard():
     import queue
 
     told = queue.Queue()
-    unsubscribe = events.subscribe(told.put, events.TaskFailed, events.Orphaned)
+    unsubscribe = events.subscribe(told.put, events.TaskFailed, events.Orphaned, events.BackgroundCut)
     yield told
     unsubscribe()
 
@@ -225,12 +225,49 @@ def test_close_gives_up_what_does_not_obey_and_says_so(heard):
     background.spawn(deaf, name="deaf")
     assert gate.arrived.wait(WAIT)
     assert background.close() is False
+    assert heard.get(timeout=WAIT).running == ("deaf",)
     told = heard.get(timeout=WAIT)
     assert told.scope == "bg"
     assert "gate.hold()" in told.stacks["deaf"]
     gate.opened.set()
     late = heard.get(timeout=WAIT)
     assert (late.task, late.error) == ("deaf", error)
+
+
+def test_close_tells_by_name_what_it_cut(heard):
+    """Work that was promised to outlive its request does not vanish without a word."""
+    started = threading.Event()
+
+    def stays():
+        started.set()
+        sleep(WAIT)
+
+    background = BackgroundScope(max_threads=1, drain_timeout=0.02, name="bg")
+    background.spawn(stays, name="audit")
+    assert started.wait(WAIT)
+    background.spawn(str, name="billing")
+    background.spawn(str, name="mail")
+    assert background.close() is False
+    told = heard.get(timeout=WAIT)
+    assert (told.scope, told.running, sorted(told.waiting)) == ("bg", ("audit",), ["billing", "mail"])
+
+
+def test_a_cancelled_background_scope_takes_no_more_work():
+    """Its own token ends it as close() does; nothing is taken that would never run."""
+    background = BackgroundScope(name="bg")
+    background.token.cancel("enough")
+    with pytest.raises(ScopeClosed, match=r"bg.*cancelled") as caught:
+        background.spawn(str)
+    assert caught.value.reason is background.token.reason
+    background.close()
+
+
+def test_closing_from_a_task_of_its_own_is_an_error():
+    """It would wait for itself."""
+    with BackgroundScope(name="bg") as background:
+        task = background.spawn(background.close)
+        with pytest.raises(RuntimeError, match="wait for itself"):
+            task.result(WAIT)
 
 
 def test_close_is_no_checkpoint():

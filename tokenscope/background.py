@@ -10,7 +10,7 @@ from tokenscope._core import _primitives, ambient, clock, events
 from tokenscope._core.crew import Crew
 from tokenscope._core.errors import ScopeClosed, TokenScopeError
 from tokenscope._core.reasons import CancelKind
-from tokenscope._core.task import Task
+from tokenscope._core.task import Task, refuse_as_work
 from tokenscope._core.token import CancellationToken
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ class BackgroundScope:
 
         Raises:
             BackgroundFull: ``capacity`` tasks are waiting.
-            ScopeClosed: It was closed.
-            TypeError: ``fn`` is not callable.
+            ScopeClosed: It was closed, or its token was cancelled.
+            TypeError: ``fn`` is not callable, or ``async``.
         """
-        if not callable(fn):
-            raise TypeError(f"spawn() takes a callable, not {fn!r}")
+        refuse_as_work("spawn()", fn)
         with self._gate.enter():
-            if self._closing:
-                raise ScopeClosed(f"scope {self.name!r} was closed", self.token.reason)
+            if self._closing or self.token.cancelled:
+                how = "closed" if self._closing else "cancelled"
+                raise ScopeClosed(f"scope {self.name!r} was {how} and takes no more work", self.token.reason)
             if len(self._crew.ready) >= self.capacity:
                 raise BackgroundFull(f"{self.capacity} tasks are waiting in scope {self.name!r}; nothing was taken")
             task: Task[T] = copy_context().run(self._make, fn, args, kwargs, name, kind)
@@ -100,18 +100,34 @@ class BackgroundScope:
     def close(self) -> bool:
         """Take no more work and wait for what there is; after ``drain_timeout`` seconds cancel it with ``shutdown``.
 
+        What is cut is told by name, as the event `BackgroundCut` and in the log.
+
         Returns:
             True if everything ended by itself. Idempotent; not a checkpoint.
+
+        Raises:
+            RuntimeError: The caller is one of its tasks, and would wait for itself.
         """
+        owner = ambient.owner_var.get()
+        if isinstance(owner, Task) and owner.scope is self:
+            raise RuntimeError(f"close() of scope {self.name!r} by its own task would wait for itself")
         with self._gate.enter():  # whoever spawns at this moment is in before, or refused
             self._closing = True
         drained = self._wait(self._drain_timeout)
         if not drained:
-            self.token.cancel("the background scope was closed", kind=CancelKind.SHUTDOWN)
+            self._cut()
             if not self._wait(self._grace):
                 self._give_up()
         self._crew.close_if_idle()
         return drained
+
+    def _cut(self) -> None:
+        """Cancel what is left, and tell what that is: it was promised to outlive its request."""
+        left = self._crew.lingering()
+        running = tuple(task.name for task in left if task.state != "queued")
+        waiting = tuple(task.name for task in left if task.state == "queued")
+        if self.token.cancel("the background scope was closed", kind=CancelKind.SHUTDOWN) and left:
+            events.emit(events.BackgroundCut(self.name, running, waiting))
 
     def _wait(self, seconds: float | None) -> bool:
         end = clock.deadline_after(seconds)
@@ -128,7 +144,7 @@ class BackgroundScope:
         return True
 
     def _give_up(self) -> None:
-        stacks = {task.name: task.stack() for task in self._crew.abandon()}
+        stacks = {self._crew.label(task): task.stack() for task in self._crew.abandon()}
         if stacks:
             events.emit(events.Orphaned(self.name, stacks))
 

@@ -174,6 +174,26 @@ def test_a_cleanup_that_overruns_deaf_is_named_with_its_stack():
     assert ran == ["deferred by a cleanup"]
 
 
+def test_the_cleanup_that_overran_is_named_not_the_next_one():
+    """The event comes a moment after the time was up; by then the guilty one may have ended, and another one run."""
+    with hearing(events.CleanupOverran) as heard:
+
+        def innocent():
+            told.append(heard.get(timeout=WAIT))
+            scope._cleanups._tell_overrun(threading.get_ident())  # as a worker does that got no processor until now
+            told.append(heard.get(timeout=WAIT))
+
+        def guilty():
+            current_token().wait(WAIT)  # and goes on as if nothing had happened
+
+        told: list[events.CleanupOverran] = []
+        with ThreadScope(cleanup_timeout=0.02) as scope:
+            scope.defer(innocent)
+            scope.defer(guilty)
+    assert [event.cleanup.endswith("guilty") for event in told] == [True, True]
+    assert told[1].stack == ""  # it has none any more
+
+
 def test_no_time_for_cleanups_still_runs_them():
     """cleanup_timeout=0: they begin with a cancelled token."""
     seen = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Self
 
 import pytest
-from actors import WAIT, Program, until
+from actors import WAIT, Program, Sleeper, until
 
 import tokenscope
 from tokenscope import ScopeClosed, ThreadScope, current_token, sleep
@@ -212,6 +213,38 @@ def test_interrupts_at_every_line_of_leaving_lose_nothing(max_threads, body_fail
     assert any("_clean_up" in place for place in places)
     assert all("__exit__" in str(place) for place in again)
     assert len(again) <= 4
+
+
+@pytest.mark.parametrize("body_fails", [False, True])
+def test_an_error_of_a_signal_handler_while_leaving_loses_nothing(body_fails):
+    """An alarm that raises TimeoutError is handled as Ctrl-C is: children joined, cleanups run, it comes out."""
+    sleeper, log = Sleeper(), []
+
+    def ring(*_):
+        raise TimeoutError("the alarm")
+
+    def alarm():
+        until(lambda: scope.snapshot().state == "leaving")
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+    before, outside = signal.signal(signal.SIGALRM, ring), current_token()
+    try:
+        with pytest.raises(TimeoutError, match="the alarm"):
+            with ThreadScope(on_error="collect") as scope:
+                scope.defer(log.append, "cleanup")
+                scope.spawn(sleeper.sleep)
+                sleeper.await_arrival()
+                helper = threading.Thread(target=alarm)
+                helper.start()
+                if body_fails:
+                    raise ValueError("the body")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        helper.join(WAIT)
+    assert sleeper.left() == ["interrupted"]
+    assert log == ["cleanup"]
+    assert current_token() is outside
+    assert scope.report.tasks.cancelled == 1
 
 
 # --- for real -----------------------------------------------------------------------------------------------

@@ -140,7 +140,37 @@ def test_a_failing_item_is_told_once_and_the_others_can_still_be_had(ordered):
     assert caught.value.exceptions == (error,)
 
 
-def test_a_failing_source_raises_where_it_is_pulled():
+def test_a_failing_source_raises_in_its_turn():
+    """Ordered, the results of the items before it come first, then the error, then the end."""
+    gate = Gate()
+
+    def source():
+        yield 1
+        yield 2
+        gate.open()
+        raise ConnectionError("the source")
+
+    with ThreadScope() as scope:
+        results = scope.map(gate.hold, source(), limit=5)
+        assert [next(results), next(results)] == [1, 2]
+        with pytest.raises(ConnectionError, match="the source"):
+            next(results)
+        assert next(results, "end") == "end"
+
+
+def test_a_result_that_is_there_is_handed_out_to_a_cancelled_consumer():
+    """As with Task.result(): what is finished is given, a failure too, whatever has been cancelled because of it."""
+    error = ValueError("item 1")
+    with pytest.raises(ValueError, match="item 1") as caught:
+        with ThreadScope() as scope:
+            results = scope.map(lambda n: fail(error) if n == 1 else n, range(2), limit=2)
+            assert next(results) == 0
+            assert scope.token.wait(WAIT)  # the failing item has cancelled the body as well
+            next(results)
+    assert caught.value is error
+
+
+def test_unordered_a_failing_source_raises_where_it_is_pulled():
     """An error of the source comes out of next(), and what was started before is stopped with the scope."""
     sleeper = Sleeper()
 
@@ -151,7 +181,7 @@ def test_a_failing_source_raises_where_it_is_pulled():
 
     with pytest.raises(ConnectionError, match="the source"):
         with ThreadScope() as scope:
-            next(scope.map(lambda _: sleeper.sleep(), source(), limit=5))
+            next(scope.map(lambda _: sleeper.sleep(), source(), limit=5, ordered=False))
     assert len(sleeper.left()) == 1
 
 
@@ -244,13 +274,15 @@ def test_finished_and_dropped_maps_are_not_kept_by_their_scope():
 def test_taking_from_a_map_is_a_checkpoint():
     """A cancelled consumer gets Cancelled, and nothing more is pulled for it."""
     source = Source()
+    gate = Gate()
     with ThreadScope() as scope:
-        results = scope.map(str, source, limit=2)
+        results = scope.map(lambda n: n if n == 1 else gate.hold(n), source, limit=2)
         next(results)
         scope.cancel()
         pulled = source.pulled
         with pytest.raises(Cancelled):
             next(results)
+        gate.open()
     assert source.pulled == pulled
 
 

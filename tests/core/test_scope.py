@@ -297,6 +297,45 @@ def test_max_threads_bounds_how_many_children_run():
     assert now == [0, 3]
 
 
+def test_many_children_may_wait():
+    """Twenty thousand in the queue are as quick for each as twenty: run, cancelled one by one, or all at once."""
+    gate, ran = Gate(), []
+    with ThreadScope(max_threads=1) as scope:
+        scope.spawn(gate.hold)
+        tasks = [scope.spawn(ran.append, n) for n in range(20_000)]
+        for task in tasks[5_000:10_000]:
+            assert task.cancel()
+            assert task.done()
+        gate.open()
+        assert tasks[0].result(WAIT) is None
+        scope.join()
+        gate = Gate()
+        scope.spawn(gate.hold)
+        tasks = [scope.spawn(ran.append, n) for n in range(20_000)]
+        scope.spawn(scope.cancel)
+        scope.cancel()
+        assert all(task.done() for task in tasks)
+        gate.open()
+    assert ran == [*range(5_000), *range(10_000, 20_000)]
+    assert scope.report.tasks.never_started == 25_001
+
+
+@pytest.mark.parametrize("into", ["spawn", "map"])
+def test_async_functions_are_refused(into):
+    """A thread would make a coroutine of it that nobody runs, and call that success."""
+
+    async def work(*_):
+        raise AssertionError("it must not run")
+
+    async def items():
+        yield 1
+
+    with ThreadScope() as scope:
+        for bad in (work, items):
+            with pytest.raises(TypeError, match=rf"{into}\(\).*{bad.__name__}.*async"):
+                scope.spawn(bad) if into == "spawn" else scope.map(bad, [1])
+
+
 def test_queued_children_start_in_order():
     """First come, first served."""
     order = []

@@ -109,6 +109,24 @@ def test_abandon_gives_the_straggler_up_with_name_and_stack():
     assert orphan.result(WAIT) is None
 
 
+def test_stragglers_of_one_name_are_told_apart():
+    """Three deaf children called the same are three in the error, in the events and in the report."""
+    gates = [Gate(), Gate(), Gate()]
+    names = ["deaf", "deaf (2)", "deaf (3)"]
+    with hearing(events.OrphanEnded) as ended:
+        with pytest.raises(StragglersLeft) as caught:
+            with ThreadScope(on_straggler="abandon", grace=0.02) as scope:
+                for gate in gates:
+                    scope.spawn(gate.hold, name="deaf")
+                    gate.await_arrival()
+                scope.cancel()
+        for gate in gates:
+            gate.open()
+        late = [ended.get(timeout=WAIT).task for _ in gates]
+    assert sorted(caught.value.names) == sorted(scope.report.orphans) == names
+    assert sorted(scope.report.stragglers) == sorted(late) == names
+
+
 def test_how_late_an_orphan_ended_counts_from_when_it_was_given_up():
     """OrphanEnded.late is the time since the scope let it go, also if no other child ever ended."""
     gate = Gate()

@@ -48,12 +48,13 @@ def _nothing(*_: object) -> None:
 class CleanupStack:
     """What an owner (a scope or a task) has to clean up. Pushed by the owner's threads, run by the last of them."""
 
-    __slots__ = ("errors", "items", "owner", "running", "shield")
+    __slots__ = ("errors", "items", "overran", "owner", "running", "shield")
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self.items: list[Cleanup] = []
         self.running: Cleanup | None = None
+        self.overran: Cleanup | None = None  # the one that ran when the time was up, once it has ended
         self.errors: list[BaseException] = []  # what they raised; here, so that an interrupt loses none
         self.shield: uninterruptible | None = None  # what they run under
 
@@ -120,6 +121,8 @@ class CleanupStack:
                 raise  # an interrupt, before it began
             self.errors.append(_as_failure(error, token, cleanup.name))
             events.emit(events.CleanupFailed(self.owner, cleanup.name, error))
+        if self.overran is None and token.cancelled:
+            self.overran = cleanup
         discard(self.items, cleanup)  # it may have deferred something itself, so it need not be the last any more
 
     def _note_overrun(self, late: DeadlineExceeded) -> None:
@@ -128,8 +131,10 @@ class CleanupStack:
             self.errors.append(late)
 
     def _tell_overrun(self, ident: int) -> None:
-        cleanup = self.running or self.items[-1]
-        events.emit(events.CleanupOverran(self.owner, cleanup.name, stack_of(ident)))
+        # On a worker, a moment after the time was up: the guilty one may have ended, and another one run.
+        guilty = self.overran or self.running or self.items[-1]
+        stack = stack_of(ident) if guilty is self.running else ""
+        events.emit(events.CleanupOverran(self.owner, guilty.name, stack))
 
 
 def _as_failure(error: BaseException, token: CancellationToken, name: str) -> BaseException:

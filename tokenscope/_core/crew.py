@@ -22,7 +22,7 @@ After a fork the child's crew is empty: leaving an inherited scope joins nothing
 from __future__ import annotations
 
 import weakref
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from os import getpid
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,6 +58,7 @@ class Crew(_primitives.Room):
         "gave_up",
         "given_up",
         "joiners",
+        "labels",
         "last_end",
         "late_events",
         "late_work",
@@ -90,10 +91,11 @@ class Crew(_primitives.Room):
         self.on_failure = on_failure
         # All below changes under the lock.
         self.live: set[Task[Any]] = set()
-        self.ready: deque[Task[Any]] = deque()
+        self.ready: OrderedDict[Task[Any], None] = OrderedDict()  # first come, first served; any can leave at once
         self.sent: set[Task[Any]] = set()
-        self.dying: list[Task[Any]] = []
+        self.dying: dict[Task[Any], None] = {}
         self.orphans: set[Task[Any]] = set()  # given up, and still running
+        self.labels: set[str] = set()  # of those that had to be named
         self.given_up: list[str] = []  # the names of all that were
         self.gave_up = 0.0  # monotonic
         self.joiners: list[_primitives.Waiter] = []
@@ -127,7 +129,7 @@ class Crew(_primitives.Room):
         else:
             self.run(self._dispatch_locked, task)
             if task in self.ready:  # it has to wait: then a cancel must be able to end it there
-                task._queued = task.token.on_cancel(self.reap)
+                task._queued = task.token.on_cancel(self.reap, task)
                 if task.done():  # meanwhile; then `ended` could not close it
                     task._queued.close(wait=False)
         if events.wants(events.TaskSpawned):
@@ -136,7 +138,7 @@ class Crew(_primitives.Room):
     def _admit_locked(self, task: Task[Any]) -> None:
         if self.closed:
             raise ScopeClosed(f"scope {self.name!r} has ended and takes no more work", self.token.reason)
-        self.live.add(task); self.ready.append(task)  # on one line: `idle` sends what an interrupt left here
+        self.live.add(task); self.ready[task] = None  # on one line: `idle` sends what an interrupt left here
 
     def _send(self, task: Task[Any]) -> None:
         """Ask a worker to run it; there is no limit. No lock is held, for a thread may have to be started."""
@@ -145,16 +147,13 @@ class Crew(_primitives.Room):
         except RuntimeError:
             self.run(self._forget_locked, task)
             raise
-        try:
-            self.ready.remove(task)  # an interrupt above sends it twice; its second run does nothing
-        except ValueError:
-            pass
+        self.ready.pop(task, None)  # an interrupt above sends it twice; its second run does nothing
 
     def _dispatch_locked(self, newest: Task[Any] | None = None) -> None:
         """Send queued tasks to workers while there is room."""
         limit = self.max_threads or len(self.live)
         while self.ready:
-            task = self.ready[0]
+            task = next(iter(self.ready))
             # Cut off by an interrupt below, this comes back to a task that was sent, and may even have ended.
             if task not in self.sent and len(self.sent) >= limit:
                 return
@@ -170,10 +169,10 @@ class Crew(_primitives.Room):
                 return
             if task not in self.live:
                 self.sent.discard(task)
-            self.ready.popleft()
+            self.ready.pop(task, None)
 
     def _forget_locked(self, task: Task[Any]) -> None:
-        _primitives.discard(self.ready, task)
+        self.ready.pop(task, None)
         self.live.discard(task)
         self.sent.discard(task)
 
@@ -254,7 +253,7 @@ class Crew(_primitives.Room):
         if task in self.orphans:
             self.orphans.discard(task)
             late = clock.now() - self.gave_up
-            return lambda: events.emit(events.OrphanEnded(self.name, task.name, late))
+            return lambda: events.emit(events.OrphanEnded(self.name, self.label(task), late))
         self.last_end = clock.now()
         self.live.discard(task)
         if self.max_threads is not None:
@@ -262,7 +261,7 @@ class Crew(_primitives.Room):
             if self.ready:
                 self._dispatch_locked()
         if self.dying:
-            _primitives.discard(self.dying, task)
+            self.dying.pop(task, None)
         if not self.live:
             self._wake_joiners_locked()
         return None
@@ -271,18 +270,18 @@ class Crew(_primitives.Room):
         for joiner in self.joiners:
             joiner.wake()
 
-    def reap(self) -> None:
-        """End the tasks that were cancelled while they were queued."""
-        self.run(self._reap_locked)
-        for task in tuple(self.dying):
-            task.end_unstarted()
+    def reap(self, *tasks: Task[Any]) -> None:
+        """End those of the tasks (none: of all) that were cancelled while they were queued."""
+        self.run(self._reap_locked, tasks)
+        for task in tasks or tuple(self.dying):
+            if task in self.dying:
+                task.end_unstarted()
 
-    def _reap_locked(self) -> None:
-        for task in tuple(self.ready):
-            if task.token._cut is not None:
-                if task not in self.dying:
-                    self.dying.append(task)
-                self.ready.remove(task)
+    def _reap_locked(self, tasks: tuple[Task[Any], ...]) -> None:
+        for task in tasks or tuple(self.ready):
+            if task.token._cut is not None and task in self.ready:
+                self.dying[task] = None
+                self.ready.pop(task, None)
 
     # --- waiting ------------------------------------------------------------------------------------------------
 
@@ -326,12 +325,23 @@ class Crew(_primitives.Room):
 
     def _abandon_locked(self) -> None:
         self.gave_up = clock.now()
-        self.given_up += [task.name for task in self.live]
+        self.given_up += [self.label(task) for task in self.live]
         self.orphans |= self.live
         self.live.clear()
         self.ready.clear()
         self.sent.clear()
         self.closed = True
+
+    def label(self, task: Task[Any]) -> str:
+        """The task's name; with a number behind it where another one of that name had to be named before."""
+        if task._label is None:
+            label, number = task.name, 1
+            while label in self.labels:
+                number += 1
+                label = f"{task.name} ({number})"
+            self.labels.add(label)
+            task._label = label
+        return task._label
 
     def lingering(self) -> list[Task[Any]]:
         """The tasks that live now."""

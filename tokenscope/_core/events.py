@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROBLEMS",
+    "BackgroundCut",
     "CallbackFailed",
     "CleanupFailed",
     "CleanupOverran",
@@ -155,6 +156,15 @@ class Orphaned(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class BackgroundCut(Event):
+    """A background scope was closed before all of its work was done: these tasks were cancelled."""
+
+    scope: str
+    running: tuple[str, ...]
+    waiting: tuple[str, ...]  # they never start
+
+
+@dataclass(frozen=True, slots=True)
 class OrphanEnded(Event):
     """A child that its scope had given up ended after all."""
 
@@ -215,6 +225,7 @@ PROBLEMS: tuple[type[Event], ...] = (
     StragglerSeen,
     Orphaned,
     OrphanEnded,
+    BackgroundCut,
     ForeignCancel,
     HangupIgnored,
     WatchUnsupported,

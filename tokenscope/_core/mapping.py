@@ -39,6 +39,7 @@ class ScopeMap(Generic[T]):
         self._ordered = ordered
         self._tasks: deque[Task[T]] = deque()
         self._exhausted = False
+        self._source_error: BaseException | None = None  # told when what is in flight has been handed out
         self._closed = False
         self._source_closed = False
         self._cut_off = False  # one-way: the scope was left before the end of the map
@@ -47,26 +48,41 @@ class ScopeMap(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """The next result; a checkpoint. After an item that failed it goes on with the others.
+        """The next result. After an item that failed it goes on with the others.
+
+        A result that is there is handed out; what is not yet there is waited for, a checkpoint.
 
         Raises:
-            Cancelled: The caller is cancelled.
+            Cancelled: The caller is cancelled, and the next result was not there.
             TaskCancelled: This item was cancelled alone; or the scope was left before the map was finished.
-            BaseException: What the function raised for this item, or the source while it was pulled.
+            BaseException: What the function raised for this item; or what the source raised when it was pulled: in its
+                turn, after the results of the items before it; unordered, as soon as no result is there.
         """
-        current_token().check()
         if self._cut_off:
             raise TaskCancelled("the scope was left before its map was finished")
-        self._fill()
+        caller = current_token()
+        task = self._at_hand()
+        if task is None:
+            caller.check()
+        if not caller.cancelled:
+            self._fill()
+        if self._source_error is not None and (not self._tasks or not (self._ordered or task)):
+            error, self._source_error = self._source_error, None
+            raise error
         if not self._tasks:
             self.close()
             raise StopIteration
-        task = self._tasks[0] if self._ordered else self._first_done()
+        task = task or (self._tasks[0] if self._ordered else self._first_done())
         try:
             return task.result()
         finally:
             if task.done():  # also one that failed: the others can still be had
                 _primitives.discard(self._tasks, task)
+
+    def _at_hand(self) -> Task[T] | None:
+        """The task to hand out next, if it has a result already."""
+        candidates = tuple(self._tasks)[: 1 if self._ordered else None]
+        return next((task for task in candidates if task.done() and not task.cancelled()), None)
 
     def _fill(self) -> None:
         while not self._exhausted and not self._closed and len(self._tasks) < self._limit:
@@ -74,6 +90,9 @@ class ScopeMap(Generic[T]):
                 item = next(self._source)
             except StopIteration:
                 self._exhausted = True
+                return
+            except Exception as error:
+                self._exhausted, self._source_error = True, error
                 return
             self._tasks.append(self._spawn(item))
 

@@ -13,7 +13,8 @@ Invariants
     1. Spawning is possible until nothing lives any more; that moment and the end of spawning are one locked step
        (`Crew.close_if_idle`).
     2. Each step of leaving looks at what is left to do, so it may be cut off by an interrupt and done again: the first
-       KeyboardInterrupt cancels with ``interrupted`` and goes on joining, the second one abandons the children.
+       one (a KeyboardInterrupt, or whatever a signal handler raises) cancels with ``interrupted`` and goes on joining,
+       the second one abandons the children.
     3. Waiting in `__exit__` is not a checkpoint: a cancelled scope still joins its children.
     4. What was ambient before is put back only where it is still ours, on whichever thread the scope is left.
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import sys
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, Self, TypeVar
@@ -40,7 +42,7 @@ from tokenscope._core.mapping import ScopeMap
 from tokenscope._core.outcome import INTERRUPTS, Ending, Failure, Verdict, decide, foresee
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.report import ScopeReport, ScopeSnapshot, TaskSnapshot
-from tokenscope._core.task import Task
+from tokenscope._core.task import Task, refuse_as_work
 from tokenscope._core.token import (
     CancellationToken,
     attach,
@@ -67,6 +69,8 @@ T = TypeVar("T")
 OnError = Literal["cancel", "collect"]
 OnStraggler = Literal["wait", "abandon", "interrupt"]
 _numbers = itertools.count(1)
+MOST_CUT_OFFS = 8  # errors in leaving (not Ctrl-C) after which it is a defect of ours: better told than tried for ever
+_ending_interpreter = sys.is_finalizing  # kept: at that time the names of modules are gone
 _making = _primitives.Room()  # for what a scope makes when first needed; a leaf, but for factories of upper floors
 
 
@@ -106,6 +110,7 @@ class ThreadScope:
     _closed = False  # no child lives, and none can be spawned; set under `_making` or by the crew
     _word: str | None = None  # the outcome, when it has ended
     _stragglers: dict[str, str] | None = None  # those seen, with their stacks
+    _cut_offs = 0  # how often an error cut leaving off
     _looks = 0  # how often stragglers were looked at
     _report: ScopeReport | None = None  # made when it is asked for
     #: Whether the scope's own ``cancel()`` cut its work short and ended here.
@@ -207,12 +212,11 @@ class ThreadScope:
         Raises:
             Cancelled: The caller is cancelled.
             ScopeClosed: The scope has ended, or is cancelled and the caller is not of its tree.
-            TypeError: ``fn`` is not callable, or ``name`` or ``kind`` is no str.
+            TypeError: ``fn`` is not callable, or ``async``; or ``name`` or ``kind`` is no str.
             RuntimeError: The scope was not entered, or no thread could be started; then nothing is left behind.
         """
         crew = self._children()
-        if not callable(fn):
-            raise TypeError(f"spawn() takes a callable, not {fn!r}")
+        refuse_as_work("spawn()", fn)
         check()
         cut = crew.token._cut
         if cut is not None:
@@ -241,8 +245,7 @@ class ThreadScope:
         if limit is None:
             limit = min(32, (os.cpu_count() or 1) + 4)
         _check_positive("limit", limit)
-        if not callable(fn):
-            raise TypeError(f"map() takes a callable, not {fn!r}")
+        refuse_as_work("map()", fn)
         self._refuse_if_ended("map() in")
         mapping = ScopeMap(functools.partial(self.spawn, fn, kind="map"), iter(items), limit=limit, ordered=ordered)
         self._maps = [link for link in self._maps if link() is not None]
@@ -335,24 +338,31 @@ class ThreadScope:
         while verdict is None:
             try:
                 verdict = self._leave(error, interrupt)
-            except INTERRUPTS as caught:
+            except BaseException as caught:  # KeyboardInterrupt, or whatever else a signal handler raises
                 interrupt = caught
+                self._cut_offs += not isinstance(caught, INTERRUPTS)
+                if self._cut_offs > MOST_CUT_OFFS:
+                    raise
         if verdict.error is None or verdict.error is error:
             return verdict.absorbed
         raise verdict.error
 
-    def _begin_leaving(self, error: BaseException | None, *, again: bool) -> Ending:
+    def _misuse(self, *, again: bool) -> str | None:
+        """Why it cannot be left now, if it cannot."""
         if self._token is None:
-            raise RuntimeError(f"scope {self.name!r} was left without having been entered")
+            return f"scope {self.name!r} was left without having been entered"
         if self._word is not None and not again:
-            raise RuntimeError(f"scope {self.name!r} was left before; a scope is used once")
-        if self._ending is None:
-            self._ending = Ending(self.name, body=error)
-        return self._ending
+            return f"scope {self.name!r} was left before; a scope is used once"
+        return None
 
     def _leave(self, error: BaseException | None, interrupt: BaseException | None) -> Verdict:
         """All steps; each does what is left of it. ``interrupt`` is what cut the last attempt off."""
-        ending = self._begin_leaving(error, again=interrupt is not None)
+        misuse = self._misuse(again=interrupt is not None)
+        if misuse is not None:
+            return Verdict("misused", RuntimeError(misuse))
+        if self._ending is None:
+            self._ending = Ending(self.name, body=error)
+        ending = self._ending
         if interrupt is not None:
             self._interrupted(interrupt, ending)
         if ending.body is not None or self._maps:
@@ -416,13 +426,14 @@ class ThreadScope:
         waited = clock.now() - cut.when if cut is not None else 0.0
         self._stragglers = self._stragglers or {}
         for task in crew.lingering():
-            self._stragglers[task.name] = task.stack()
-            events.emit(events.StragglerSeen(self.name, task.name, waited, self._stragglers[task.name]))
+            label = crew.label(task)
+            self._stragglers[label] = task.stack()
+            events.emit(events.StragglerSeen(self.name, label, waited, self._stragglers[label]))
         if self._on_straggler == "abandon":
             self._abandon(crew, ending)
 
     def _abandon(self, crew: Crew, ending: Ending) -> None:
-        stacks = {task.name: task.stack() for task in crew.abandon()}
+        stacks = {crew.label(task): task.stack() for task in crew.abandon()}
         if not stacks or any(isinstance(failure.error, StragglersLeft) for failure in ending.failures):
             return
         left = StragglersLeft(f"scope {self.name!r} gave up waiting for {len(stacks)} of its children", stacks)
@@ -433,7 +444,8 @@ class ThreadScope:
         """Ctrl-C while leaving: the first one cancels and leaving goes on, a second one gives the children up."""
         if ending.interrupt is None and not isinstance(ending.body, KeyboardInterrupt):
             ending.interrupt = interrupt
-            self.token.cancel("interrupted by the user", kind=CancelKind.INTERRUPTED)
+            by = "the user" if isinstance(interrupt, KeyboardInterrupt) else type(interrupt).__name__
+            self.token.cancel(f"interrupted by {by}", kind=CancelKind.INTERRUPTED)
         else:
             ending.interrupt = ending.interrupt or interrupt
             self._abandon(self._children(), ending)
@@ -525,7 +537,7 @@ class ThreadScope:
         # Entered, never left (an interrupt can fall between the body and __exit__): its children must not run on
         # unnoticed.
         token = self._token
-        if token is None or self._word is not None or self._pid != os.getpid():
+        if token is None or self._word is not None or _ending_interpreter() or self._pid != os.getpid():
             return
         message = f"{self!r} was dropped without being left; its children are cancelled"
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)

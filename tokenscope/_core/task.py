@@ -20,6 +20,7 @@ Invariants
 from __future__ import annotations
 
 import concurrent.futures
+import inspect
 import itertools
 import threading
 from contextvars import Context, copy_context
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from tokenscope._core.token import Registration
     from tokenscope._core.tree import Cut, Wakeup
 
-__all__ = ["Task"]
+__all__ = ["Task", "refuse_as_work"]
 
 T = TypeVar("T")
 _numbers = itertools.count(1)
@@ -52,6 +53,22 @@ SUCCEEDED, FAILED, CANCELLED, NEVER_STARTED = "succeeded", "failed", "cancelled"
 # 3.2.
 _PENDING, _CANCELLED, _CANCELLED_AND_TOLD, _FINISHED = "PENDING", "CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED"
 _ENDED = frozenset((_CANCELLED, _CANCELLED_AND_TOLD, _FINISHED))
+
+
+_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def refuse_as_work(who: str, fn: object) -> None:
+    """Raise for what a thread cannot run.
+
+    Raises:
+        TypeError: ``fn`` is not callable, or an ``async`` function, which would return a coroutine that nobody runs.
+    """
+    if not callable(fn):
+        raise TypeError(f"{who} takes a callable, not {fn!r}")
+    code = getattr(fn, "__code__", None)
+    if code is not None and code.co_flags & _ASYNC:
+        raise TypeError(f"{who} runs plain functions in threads, and {fn!r} is async: give it a function that runs it")
 
 
 class Task(concurrent.futures.Future[T], Generic[T]):
@@ -80,6 +97,7 @@ class Task(concurrent.futures.Future[T], Generic[T]):
     _stopped: float | None = None  # the end of its own code, before cleanups; likewise
     _end: tuple[str, Any] | None = None  # how it ended; written once, before it is published
     _queued: Registration | None = None  # ends it at the moment of a cancel while it waits under `max_threads`
+    _label: str | None = None  # what it is called among stragglers, if it ever was one; see `Crew.label`
     _counted = False  # by the crew, under its lock
     _released = False  # by the crew, under its lock: ended, and there is nobody to be told
 

@@ -28,6 +28,7 @@ __all__ = [
     "CleanupFailed",
     "CleanupOverran",
     "Event",
+    "FallbackUsed",
     "ForeignCancel",
     "HangupIgnored",
     "LateEvent",
@@ -215,6 +216,14 @@ class WatchUnsupported(Event):
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class FallbackUsed(Event):
+    """The system lacks something, and another way is taken. Told once for each ``what``."""
+
+    what: str
+    why: str
+
+
 #: What must never pass in silence; the front door has them logged.
 PROBLEMS: tuple[type[Event], ...] = (
     CallbackFailed,
@@ -229,6 +238,7 @@ PROBLEMS: tuple[type[Event], ...] = (
     ForeignCancel,
     HangupIgnored,
     WatchUnsupported,
+    FallbackUsed,
 )
 
 _room = _primitives.Room()  # for the replacement of the tuples below; readers take no lock

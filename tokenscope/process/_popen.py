@@ -1,0 +1,296 @@
+"""`Popen` and `run`, as in ``subprocess``, with an owner."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import subprocess
+from subprocess import PIPE, CalledProcessError, CompletedProcess, TimeoutExpired
+from typing import TYPE_CHECKING, Any, cast
+
+from tokenscope._core import clock
+from tokenscope._core._typing import override
+from tokenscope._core.current import effective_token
+from tokenscope._core.errors import Cancelled
+from tokenscope.process._child import Child, nursery_here
+from tokenscope.process._pipes import Talk, guarded
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from tokenscope._core.token import CancellationToken
+
+__all__ = ["GRACE", "Popen", "run"]
+
+#: Seconds between TERM and KILL, unless something else is said.
+GRACE = 2.0
+_SIGNATURE = inspect.signature(subprocess.Popen)
+
+
+class Popen(subprocess.Popen[Any]):
+    """A child process that a token and a scope own; otherwise a ``subprocess.Popen``.
+
+    It leads a session and process group of its own. A cancel ends it and what it started: TERM, ``grace`` seconds,
+    KILL. `wait`, `communicate`, reading and writing its pipes are checkpoints, which raise `Cancelled` when all of it
+    is gone. When the process ends by itself, what it left running in its group gets half a second and is then ended in
+    the same way, so a background job that holds a pipe open hangs nobody. The scope it was started in ends it at the
+    latest.
+
+    `terminate` and `kill` reach the whole group, `send_signal` the process alone. Thread-safe.
+
+    Args:
+        args: This and all others: as in ``subprocess.Popen``.
+        token: Ends it too; it is added to the current token.
+        grace: Seconds between TERM and KILL; 0 kills at once.
+
+    Raises:
+        Cancelled: The caller is cancelled already; nothing was started.
+        ScopeClosed: The scope around it has ended; nothing was started.
+        ValueError, TypeError: A bad ``grace`` or ``token``; a ``process_group``, since it always has one of its own.
+        OSError: As in ``subprocess.Popen``.
+    """
+
+    _child: Child | None = None
+    _talk: Talk | None = None
+
+    def __init__(
+        self, args: Any, *rest: Any, token: CancellationToken | None = None, grace: float = GRACE, **options: Any
+    ) -> None:
+        seconds = _validate_grace(grace)
+        mine = effective_token(token)
+        call = _SIGNATURE.bind(args, *rest, **options)
+        _lead_a_session(call.arguments)
+        mine.check()
+        nursery = nursery_here()
+        try:
+            super().__init__(*call.args, **call.kwargs)
+            child = self._child = Child(
+                self.pid, _name_of(args), mine, explicit=token is not None, grace=seconds, nursery=nursery
+            )
+            bufsize = call.arguments.get("bufsize", -1)
+            self.stdin = guarded(self.stdin, child, bufsize)
+            self.stdout = guarded(self.stdout, child, bufsize)
+            self.stderr = guarded(self.stderr, child, bufsize)
+        except BaseException:
+            self._leave_nothing()
+            raise
+
+    def _leave_nothing(self) -> None:
+        """Starting it failed, or was cut off by an interrupt."""
+        if self._child is not None:
+            self._end(0)
+        elif getattr(self, "pid", None) is not None and self.returncode is None:
+            super().kill()
+            super().wait()
+
+    @property
+    def _mine(self) -> Child:
+        return cast("Child", self._child)
+
+    # --- waiting ------------------------------------------------------------------------------------------------
+
+    @override
+    def poll(self) -> int | None:
+        """The exit status if it has ended, else None. Never blocks."""
+        self.returncode = self._mine.tree.poll()
+        return self.returncode
+
+    @override
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended, and what it left in its group too. A checkpoint.
+
+        Raises:
+            Cancelled: The caller is cancelled. If the process belongs to the same token it is gone, and the
+                ``__cause__`` is a ``CalledProcessError`` with its status.
+            TaskCancelled: The process belongs to work of others that was cancelled.
+            TimeoutExpired: It still runs after ``timeout`` seconds; it goes on.
+        """
+        child = self._mine
+        end = _moment(timeout)
+        with child.shielded():
+            child.tree.advance()
+            while not child.tree.gone:
+                if end is not None and clock.now() >= end:
+                    if child.tree.returncode is None:
+                        raise TimeoutExpired(self.args, cast("float", timeout))
+                    break  # what it left in its group is being ended
+                child.step({}, end)
+        self.returncode = cast("int", child.tree.returncode)
+        if child.tree.cut:
+            child.raise_cut(CalledProcessError(self.returncode, self.args))
+        return self.returncode
+
+    @override
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:  # noqa: A002  # theirs
+        """Send ``input``, read all pipes, wait. A checkpoint; after `TimeoutExpired` it may be called again.
+
+        Raises:
+            Cancelled, TaskCancelled: As `wait`; the ``__cause__`` has what was read until then, as ``stdout`` and
+                ``stderr``.
+            TimeoutExpired: It still runs after ``timeout`` seconds; it goes on.
+            ValueError: ``input``, when talking has begun before.
+        """
+        child = self._mine
+        end = _moment(timeout)
+        with child.shielded():
+            talk = self._begin_talk(input)
+            child.tree.advance()
+            while not child.tree.gone:
+                if end is not None and clock.now() >= end:
+                    raise self._late(cast("float", timeout), talk)
+                talk.go_on(child.step(talk.wanted, end))
+        talk.finish()
+        self.returncode = cast("int", child.tree.returncode)
+        if child.tree.cut:
+            partial = talk.text("stdout", "replace"), talk.text("stderr", "replace")
+            child.raise_cut(CalledProcessError(self.returncode, self.args, *partial))
+        return talk.text("stdout"), talk.text("stderr")
+
+    def _begin_talk(self, message: Any) -> Talk:
+        if self._talk is None:
+            self._talk = Talk(self.stdin, self.stdout, self.stderr, message)
+        elif message:
+            raise ValueError("Cannot send input after starting communication")
+        return self._talk
+
+    def _late(self, timeout: float, talk: Talk) -> TimeoutExpired:
+        return TimeoutExpired(self.args, timeout, talk.so_far("stdout"), talk.so_far("stderr"))
+
+    # --- ending -------------------------------------------------------------------------------------------------
+
+    @override
+    def send_signal(self, sig: int) -> None:
+        """Send a signal to the process alone; nothing if it has ended."""
+        self._mine.tree.signal_leader(sig)
+
+    @override
+    def terminate(self) -> None:
+        """Send TERM to it and its group. Does not wait."""
+        self._mine.tree.signal_group(15)
+
+    @override
+    def kill(self) -> None:
+        """Send KILL to it and its group. Does not wait."""
+        self._mine.tree.signal_group(9)
+
+    def _end(self, grace: float | None = None) -> None:
+        """End it and wait until it is gone. No checkpoint."""
+        child = self._mine
+        child.tree.end(child.grace if grace is None else grace)
+        child.finish()
+        self.returncode = cast("int", child.tree.returncode)
+
+    def _end_and_hear(self, late: TimeoutExpired) -> None:
+        """End it, and add to the error what it said last."""
+        child, talk = self._mine, cast("Talk", self._talk)
+        child.tree.end(child.grace)
+        talk.hang_up()
+        while not child.tree.gone:
+            talk.go_on(child.step_heedless(talk.wanted, None))
+        talk.finish()
+        late.stdout, late.stderr = talk.so_far("stdout"), talk.so_far("stderr")
+
+    @override
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the pipes and wait; after an error end it instead."""
+        if kind is None:
+            self._close_pipes()
+            self.wait()
+            return
+        try:
+            self._end()
+        finally:
+            with contextlib.suppress(Exception, Cancelled):  # what was to be written; the error of the body is told
+                self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for stream in (self.stdin, self.stderr, self.stdout):
+                if stream is not None:
+                    stack.callback(stream.close)
+
+    def __del__(self) -> None:
+        child = self._child
+        if child is not None:
+            if self.returncode is None:
+                self.returncode = child.tree.returncode
+            if child.owned:
+                return  # its scope ends it
+        super().__del__()  # warns if it still runs, and reaps it later
+
+
+def run(
+    *popenargs: Any,
+    input: Any = None,  # noqa: A002  # the name is that of `subprocess`
+    capture_output: bool = False,
+    timeout: float | None = None,
+    check: bool = False,
+    token: CancellationToken | None = None,
+    grace: float = GRACE,
+    **kwargs: Any,
+) -> CompletedProcess[Any]:
+    """Run a command to its end, as ``subprocess.run``; it and all that it started are gone afterwards. A checkpoint.
+
+    Args:
+        popenargs: And ``kwargs``: as for `Popen`.
+        input: Sent to its standard input.
+        capture_output: Read standard output and error.
+        timeout: Seconds until it is ended.
+        check: Whether a status other than 0 is an error.
+        token: Ends it too; it is added to the current token.
+        grace: Seconds between TERM and KILL; 0 kills at once.
+
+    Raises:
+        Cancelled: The caller is cancelled. The ``__cause__`` is a ``CalledProcessError`` with the status, and what was
+            read until then.
+        TimeoutExpired: The time was up; with what was read until the end.
+        CalledProcessError: With ``check``.
+        ValueError: ``input`` together with ``stdin``, ``capture_output`` together with ``stdout`` or ``stderr``.
+    """
+    if input is not None:
+        if kwargs.get("stdin") is not None:
+            raise ValueError("stdin and input arguments may not both be used.")
+        kwargs["stdin"] = PIPE
+    if capture_output:
+        if kwargs.get("stdout") is not None or kwargs.get("stderr") is not None:
+            raise ValueError("stdout and stderr arguments may not be used with capture_output.")
+        kwargs["stdout"] = kwargs["stderr"] = PIPE
+    with Popen(*popenargs, token=token, grace=grace, **kwargs) as process:
+        try:
+            stdout, stderr = process.communicate(input, timeout=timeout)
+        except TimeoutExpired as late:
+            process._end_and_hear(late)  # noqa: SLF001  # the other half of this function
+            raise
+    code = process.returncode
+    if check and code:
+        raise CalledProcessError(code, process.args, stdout, stderr)
+    return CompletedProcess(process.args, code, stdout, stderr)
+
+
+# --- the steps ----------------------------------------------------------------------------------------------------
+
+
+def _validate_grace(grace: object) -> float:
+    seconds = clock.validate_timeout(grace, "grace")
+    if seconds is None:
+        raise ValueError(f"grace must be a finite number of seconds, not {grace!r}")
+    return seconds
+
+
+def _lead_a_session(arguments: dict[str, Any]) -> None:
+    group = arguments.get("process_group")
+    if group is not None:
+        raise ValueError(f"process_group={group!r}: a process of tokenscope leads a session and group of its own")
+    arguments["start_new_session"] = True
+
+
+def _moment(timeout: float | None) -> float | None:
+    return None if timeout is None else clock.now() + timeout
+
+
+def _name_of(args: Any) -> str:
+    first = args if isinstance(args, (str, bytes, os.PathLike)) else next(iter(args), "")
+    return os.fsdecode(first)

@@ -140,9 +140,9 @@ class Child:
     def step_heedless(self, wanted: Mapping[int, int], until: float | None, *heeded: CancellationToken) -> set[int]:
         """As `step`, and no checkpoint: only ``heeded`` tokens wake it."""
         self.tree.advance()
-        if self.tree.gone:
-            return wait_ready(wanted, 0.0)
         watches = self.tree.watches()
+        if not watches:
+            return wait_ready(wanted, 0.0)
         everything = {watch.fd: select.POLLIN for watch in watches} | dict(wanted)
         moments = [until, self.tree.due, *(token.deadline for token in heeded)]
         ready = wait_ready(everything, min((m for m in moments if m is not None), default=None), *heeded)

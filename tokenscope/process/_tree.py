@@ -106,10 +106,12 @@ class ProcessTree:
         return self._due
 
     def watches(self) -> list[Descriptor]:
-        """What becomes ready when something has happened to it; hold them while you wait."""
+        """What becomes ready when something has happened to it; none if it is gone. Hold them while you wait."""
         with self._lock: return self._watches_locked()  # fmt: skip
 
     def _watches_locked(self) -> list[Descriptor]:
+        if self._stage is Stage.GONE:
+            return []
         leader = [] if self._watch is None else [self._watch]
         return leader + [member.pidfd for member in self._members.values()]
 
@@ -171,8 +173,7 @@ class ProcessTree:
     def drive(self) -> None:
         """Block until it is gone. No checkpoint; it ends only if it ends by itself, or `end` was called."""
         self.advance()
-        while not self.gone:
-            watches = self.watches()
+        while watches := self.watches():
             wait_ready({watch.fd: select.POLLIN for watch in watches}, self._due)
             self.advance()
 
@@ -206,7 +207,8 @@ class ProcessTree:
             self._signal_locked(_SIGNALS[stage])
 
     def _give_up_locked(self) -> None:
-        self._left = ", ".join(str(pid) for pid in self._members) or str(self.pid)
+        leader = [self.pid] if self.returncode is None else []
+        self._left = ", ".join(str(pid) for pid in [*leader, *self._members])
         self._stage, self._due = Stage.GONE, None
 
     # --- reaping ------------------------------------------------------------------------------------------------

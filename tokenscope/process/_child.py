@@ -26,7 +26,7 @@ from tokenscope.process._tree import ProcessTree
 from tokenscope.process._waiting import wait_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from tokenscope._core.token import CancellationToken
 
@@ -154,18 +154,28 @@ class Child:
         """Whether a cancel means this process, and may be felt where the caller is."""
         return self.token.cancelled and not self._stands_back()
 
-    def finish(self) -> None:
-        """Wait until everything is gone; an interrupt meanwhile kills, and is raised when that is done.
+    def end(self, grace: float | None = None, hear: Callable[[float | None], object] | None = None) -> None:
+        """End it and wait until everything is gone. No checkpoint.
 
-        Begin with ``tree.end``. No checkpoint.
+        An interrupt meanwhile kills at once, and is raised when that is done.
+
+        Args:
+            grace: Seconds between TERM and KILL; None: its own.
+            hear: Blocks once, instead of ``step_heedless``, to read its last words.
         """
-        try:
-            while not self.tree.gone:
-                self.step_heedless({}, None)
-        except BaseException:
-            self.tree.end(0)
-            self.tree.drive()
-            raise
+        interrupt: BaseException | None = None
+        while not self.tree.gone:
+            try:
+                self.tree.end(self.grace if grace is None else grace)
+                while not self.tree.gone:
+                    (hear or self._step_deaf)(None)
+            except BaseException as error:
+                interrupt, grace = interrupt or error, 0
+        if interrupt is not None:
+            raise interrupt
+
+    def _step_deaf(self, until: float | None) -> None:
+        self.step_heedless({}, until)
 
     def raise_cut(self, cause: BaseException | None = None) -> None:
         """Raise what a cancel of the process means here.
@@ -193,7 +203,7 @@ class Nursery:
         for child in children:
             child.tree.end(child.grace)
         for child in children:
-            child.finish()
+            child.end()
 
 
 def nursery_here() -> Nursery | None:

@@ -176,35 +176,41 @@ class Popen(subprocess.Popen[Any]):
 
     def _end(self, grace: float | None = None) -> None:
         """End it and wait until it is gone. No checkpoint."""
-        child = self._mine
-        child.tree.end(child.grace if grace is None else grace)
-        child.finish()
-        self.returncode = cast("int", child.tree.returncode)
+        self._mine.end(grace)
+        self.returncode = cast("int", self._mine.tree.returncode)
 
     def _end_and_hear(self, late: TimeoutExpired) -> None:
         """End it, and add to the error what it said last."""
         child, talk = self._mine, cast("Talk", self._talk)
-        child.tree.end(child.grace)
         talk.hang_up()
-        while not child.tree.gone:
-            talk.go_on(child.step_heedless(talk.wanted, None))
+        child.end(hear=lambda until: talk.go_on(child.step_heedless(talk.wanted, until)))
         talk.finish()
         late.stdout, late.stderr = talk.so_far("stdout"), talk.so_far("stderr")
+
+    def _abort(self) -> None:
+        """An error goes through its owner: end it, and close what is open."""
+        if self._child is None:
+            return  # it never started
+        try:
+            self._end()
+        finally:
+            with contextlib.suppress(Exception, Cancelled):  # what was to be written; the owner's error is told
+                self._close_pipes()
 
     @override
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the pipes and wait; after an error end it instead."""
-        if kind is None:
-            self._close_pipes()
-            self.wait()
+        if kind is not None:
+            self._abort()
             return
         try:
-            self._end()
-        finally:
-            with contextlib.suppress(Exception, Cancelled):  # what was to be written; the error of the body is told
-                self._close_pipes()
+            self._close_pipes()
+            self.wait()
+        except BaseException:
+            self._abort()
+            raise
 
     def _close_pipes(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -258,12 +264,19 @@ def run(
         if kwargs.get("stdout") is not None or kwargs.get("stderr") is not None:
             raise ValueError("stdout and stderr arguments may not be used with capture_output.")
         kwargs["stdout"] = kwargs["stderr"] = PIPE
-    with Popen(*popenargs, token=token, grace=grace, **kwargs) as process:
+    process = Popen.__new__(
+        Popen
+    )  # at hand before it starts: an interrupt may fall between its start and any line here
+    try:
+        process.__init__(*popenargs, token=token, grace=grace, **kwargs)  # type: ignore[misc]
         try:
             stdout, stderr = process.communicate(input, timeout=timeout)
         except TimeoutExpired as late:
-            process._end_and_hear(late)  # noqa: SLF001  # the other half of this function
+            process._end_and_hear(late)  # noqa: SLF001  # one machine, as all of these
             raise
+    except BaseException:
+        process._abort()  # noqa: SLF001
+        raise
     code = process.returncode
     if check and code:
         raise CalledProcessError(code, process.args, stdout, stderr)

@@ -88,6 +88,7 @@ def test_a_success_after_a_kill_is_not_believed(connection, server):
     assert isinstance(failure, Cancelled)
     assert failure.__cause__ is None
     assert not connection.open
+    connection.close()  # by its pool, say: no error
 
 
 def test_rows_that_are_read_one_by_one_are_cut(connection, server):

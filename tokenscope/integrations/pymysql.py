@@ -195,8 +195,7 @@ def _close(connection: Any) -> None:
     result = connection._result  # noqa: SLF001  # as above
     if result is not None:
         result.unbuffered_active = result.has_next = False  # or its cursor, when it is closed, would read to the end
-    if connection.open:
-        connection.close()
+    connection._force_close()  # noqa: SLF001  # after `close` the owner's own `close` would be an error
 
 
 _DRIVER = Driver(stop=_stop, recover=_recover, close=_close, hang_up=_hang_up, midway=_reads_unbuffered, certain=False)

@@ -202,6 +202,24 @@ def test_the_end_of_a_transaction_block_is_a_commit(connection3, server):
     assert attempt.value() == "committed"
 
 
+def test_cursor_classes_of_others_know_a_commit(server):
+    """Frameworks bring their own; what those add stays."""
+
+    class Loud(psycopg.ClientCursor):
+        def execute(self, query, *args, **options):
+            return super().execute(f"{query} /* loud */", *args, **options)
+
+    token = CancellationToken()
+    with contextlib.closing(guarded3.connect(server.conninfo, cursor_factory=Loud)) as connection, use_token(token):
+        connection.execute("select %s", (1,))
+        assert isinstance(connection.cursor(), Loud)
+        token.cancel()
+        with pytest.raises(Cancelled):
+            connection.execute("commit")
+        connection.execute("rollback")
+    assert server.log == ["BEGIN", "select 1 /* loud */", "ROLLBACK", "BEGIN", "rollback /* loud */"]
+
+
 def test_connecting_ends_with_the_token():
     """A server that never answers the greeting; psycopg looks up every tenth of a second."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

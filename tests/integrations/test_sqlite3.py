@@ -218,6 +218,29 @@ def test_a_commit_of_a_cancelled_request_is_refused(store):
     assert store.notes() == []
 
 
+def test_changing_the_mode_of_a_connection_is_a_commit_too(store):
+    """The standard library commits when ``isolation_level`` becomes None (and ``autocommit`` True): refused as well."""
+    token = CancellationToken()
+    connection = store.connection
+    with use_token(token):
+        connection.execute("INSERT INTO notes VALUES ('kept')")
+        connection.isolation_level = None
+        connection.isolation_level = "IMMEDIATE"
+        assert connection.isolation_level == "IMMEDIATE"
+        connection.execute("INSERT INTO notes VALUES ('never')")
+        token.cancel()
+        with pytest.raises(Cancelled):
+            connection.isolation_level = None
+    assert not connection.in_transaction
+    if sys.version_info >= (3, 12):
+        connection.autocommit = False
+        connection.execute("INSERT INTO notes VALUES ('never')")
+        with use_token(token), pytest.raises(Cancelled):
+            connection.autocommit = True
+        connection.rollback()
+    assert store.notes() == ["kept"]
+
+
 def test_a_rollback_works_under_a_cancelled_token(store):
     """Whoever is cancelled can still put things in order."""
     token = CancellationToken()
@@ -363,5 +386,22 @@ def test_bad_arguments_are_named(store):
         connect(":memory:", factory=sqlite3.Connection)
     with pytest.raises(TypeError, match="timeout must be a number of seconds, not 'soon'"):
         connect(":memory:", timeout="soon")
-    with pytest.raises(TypeError, match=r"factory must make a .*Cursor"):
-        store.connection.cursor(sqlite3.Cursor)
+    with pytest.raises(TypeError, match="factory must be a class of sqlite3 cursors, not <class 'int'>"):
+        store.connection.cursor(int)
+
+
+def test_cursor_classes_of_others_are_made_cancellable(store):
+    """Frameworks bring their own; what those add stays."""
+
+    class Shouting(sqlite3.Cursor):
+        def execute(self, sql, parameters=None):
+            return super().execute(sql.upper()) if parameters is None else super().execute(sql, parameters)
+
+    cursor = store.connection.cursor(Shouting)
+    assert cursor.execute("select 'a'").fetchall() == [("A",)]
+    assert cursor.execute("select ?", ("a",)).fetchall() == [("a",)]
+    token = CancellationToken()
+    attempt = Attempt(lambda: cursor.execute(ENDLESS, ()), token)
+    assert store.running.wait(WAIT)
+    token.cancel()
+    assert isinstance(attempt.failure(), Cancelled)

@@ -15,7 +15,6 @@ from peers.database import Database, receive
 if TYPE_CHECKING:
     import socket
 
-_OK = b"\0\0\0\0\0\0\0"
 _EOF = b"\xfe\0\0\0\0"
 _QUIT, _QUERY, _PING = 1, 3, 14
 
@@ -33,6 +32,7 @@ class Session(database.Session):
     """One client."""
 
     turn = 0
+    state = 0  # 1 in a transaction, as the protocol has it
 
     def serve(self) -> None:
         if not self.server.greets:
@@ -42,12 +42,12 @@ class Session(database.Session):
             b"\xff\xf7\x21\0\0\xff\x81\x15" + bytes(10) + b"saltsaltsalt\0mysql_native_password\0"
         )
         self.receive()
-        self.send(_OK)
+        self.succeed()
         while (command := self.receive())[0] != _QUIT:
             if command[0] == _QUERY:
                 self.query(command[1:].decode())
             else:
-                self.send(_OK)
+                self.succeed()
 
     def query(self, sql: str) -> None:
         word = sql.split(maxsplit=1)[0].upper()
@@ -57,13 +57,15 @@ class Session(database.Session):
             self.server.log.append(sql)
         if word == "COMMIT":
             self.hold_commit()
+        if word not in {"KILL", "SET"}:
+            self.state = int(word not in {"COMMIT", "ROLLBACK"})
         if word in {"SELECT", "ROWS"}:
             self.rows(sql)
         elif word in {"HANG", "LIE"}:
             self.hang()
-            self.send(_OK) if word == "LIE" else self.fail()
+            self.succeed() if word == "LIE" else self.fail()
         else:
-            self.send(_OK)
+            self.succeed()
 
     def rows(self, sql: str) -> None:
         self.send(b"\1")
@@ -75,6 +77,9 @@ class Session(database.Session):
             self.fail()
         else:
             self.send(_EOF)
+
+    def succeed(self) -> None:
+        self.send(b"\0\0\0" + struct.pack("<H", self.state) + b"\0\0")
 
     def fail(self) -> None:
         self.send(b"\xff" + struct.pack("<H", 1317) + b"#70100Query execution was interrupted")

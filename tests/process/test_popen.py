@@ -589,11 +589,14 @@ def test_an_uninterruptible_sections_own_limit_cuts():
 
 
 def test_ctrl_c_ends_the_group():
-    """The child has a session of its own, so the terminal does not reach it: we do."""
+    """The child has a session of its own, so the terminal does not reach it: we do.
+
+    It speaks when it has heard us, for then its start is over; docs/limits.md says what an interrupt during that may do.
+    """
     program = Program("""
         from tokenscope import process
         try:
-            process.run("echo $$; exec sleep 1000", shell=True, grace=0.1)
+            process.run("read go; echo $$; exec sleep 1000", shell=True, input="go\\n", text=True, grace=0.1)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
     """)

@@ -91,9 +91,10 @@ class Driver:
     Attributes:
         stop: Called with a connection by any thread: have the database end what it does there. Ends within
             seconds.
-        recover: Called with a connection and an error (or None) on its owner's thread, after a cut: roll
-            back, and answer whether the connection is as good as before.
-        close: Called with a connection on its owner's thread, if it is not.
+        is_certain: Called with a connection and an error (or None) on its owner's thread, after a cut: whether
+            it is certain what state the connection is in.
+        roll_back: Called with a connection on its owner's thread, if so.
+        close: Called with a connection on its owner's thread, if not.
         hang_up: Called with a connection by any thread, when stopping did not help: break it.
         midway: Called with a connection on its owner's thread: whether it is in the middle of an answer
             that somebody has to read to its end.
@@ -101,7 +102,8 @@ class Driver:
     """
 
     stop: Callable[[Any], object]
-    recover: Callable[[Any, Exception | None], bool]
+    is_certain: Callable[[Any, Exception | None], bool]
+    roll_back: Callable[[Any], object]
     close: Callable[[Any], object]
     hang_up: Callable[[Any], object] | None = None
     midway: Callable[[Any], bool] = _never
@@ -135,6 +137,7 @@ class Guard:
         "_lock",
         "_pid",
         "discarded",
+        "on_discard",
     )
 
     def __init__(self, connection: object, driver: Driver) -> None:
@@ -147,6 +150,7 @@ class Guard:
         self._attached: Callable[[], CancellationToken | None] = _nothing
         self._pid = os.getpid()
         self.discarded = False  # one-way: a cut left the connection in doubt, and it was closed
+        self.on_discard: Callable[[], object] = _nothing  # called by the owner then
 
     # --- the owner's side -----------------------------------------------------------------------------------
 
@@ -191,10 +195,14 @@ class Guard:
         """Run a call that commits: refused if the current token is cancelled, and out of reach once it has begun.
 
         Raises:
-            Cancelled: The token is cancelled; nothing was sent.
+            Cancelled: The token is cancelled. The transaction was rolled back: some frameworks would commit it all the
+                same, when they put the connection in order.
         """
-        if not standing_back():
-            current_token().check()
+        token = current_token()
+        if token.cancelled and not standing_back():
+            connection = self._connection()
+            self._recover(connection, certain=not self._driver.midway(connection))
+            token.check()
         return self.rollback(operation, *args, **kwargs)
 
     def rollback(self, operation: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -246,18 +254,15 @@ class Guard:
         if not call.token.cancelled:
             return
         connection = self._connection()  # its owner keeps it alive
-        if call.in_doubt or call.broken or not self._recover(connection, error):
-            self._discard(connection)
+        in_doubt = call.in_doubt or call.broken
+        self._recover(connection, certain=not in_doubt and self._driver.is_certain(connection, error))
         tokens.raise_if_cancelled(call.token, error)
 
-    def _recover(self, connection: object, error: Exception | None) -> bool:
-        good = False
-        try:
-            with uninterruptible():
-                good = self._driver.recover(connection, error)
-        except Exception as failure:
-            self._tell("recovery", failure)
-        return good
+    def _recover(self, connection: object, *, certain: bool) -> None:
+        """Roll back, or discard the connection."""
+        with uninterruptible():
+            if not (certain and self._try("rollback", self._driver.roll_back, connection)):
+                self._discard(connection)
 
     def _discard(self, connection: object) -> None:
         self.discarded = True
@@ -265,12 +270,16 @@ class Guard:
             if self._driver.midway(connection):  # the server would work on for nobody
                 self._try("stop", self._driver.stop, connection)
             self._try("close", self._driver.close, connection)
+            self._try("close", self.on_discard)
 
-    def _try(self, what: str, action: Callable[[Any], object], connection: object) -> None:
+    def _try(self, what: str, action: Callable[..., object], *args: object) -> bool:
+        """Whether it could be done; a failure is told."""
         try:
-            action(connection)
+            action(*args)
         except Exception as failure:
             self._tell(what, failure)
+            return False
+        return True
 
     # --- the canceller's side -------------------------------------------------------------------------------
 
@@ -346,7 +355,7 @@ def next_or_end(step: Callable[[], Any]) -> Any:
 
 
 def _nothing() -> None:
-    """In place of a weak reference, before the first call."""
+    """In place of a weak reference before the first call, and of a function that nobody has set."""
 
 
 def shut_down(descriptor: int) -> None:

@@ -11,6 +11,7 @@ compat:       psycopg-3.2.2, psycopg-latest
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 from tokenscope._core._typing import override
@@ -70,8 +71,24 @@ class Connection(psycopg.Connection[Row]):
         super().__init__(*args, **options)
         self._guard = Guard(self, _DRIVER)
         self._blocks = 0  # transaction blocks that are open
-        self.cursor_factory = Cursor
-        self.server_cursor_factory = ServerCursor
+
+    @property
+    def cursor_factory(self) -> Any:
+        """As psycopg's; cursor classes of others learn to treat COMMIT as a commit."""
+        return self._cursor_factory
+
+    @cursor_factory.setter
+    def cursor_factory(self, factory: Any) -> None:
+        self._cursor_factory = _in_front_of(factory, Cursor)
+
+    @property
+    def server_cursor_factory(self) -> Any:
+        """As psycopg's; cursor classes of others can be closed under a cancelled token."""
+        return self._server_cursor_factory
+
+    @server_cursor_factory.setter
+    def server_cursor_factory(self, factory: Any) -> None:
+        self._server_cursor_factory = _in_front_of(factory, ServerCursor)
 
     @classmethod
     @override
@@ -108,6 +125,28 @@ class Connection(psycopg.Connection[Row]):
     def rollback(self) -> None:
         """Roll back, whether or not the current token is cancelled."""
         self._guard.rollback(super().rollback)
+
+    # They send nothing: whoever puts things in order after a cancel needs them.
+
+    @override
+    def set_autocommit(self, value: bool) -> None:
+        """As psycopg's, whether or not the current token is cancelled."""
+        self._guard.rollback(super().set_autocommit, value)
+
+    @override
+    def set_isolation_level(self, value: Any) -> None:
+        """As psycopg's, whether or not the current token is cancelled."""
+        self._guard.rollback(super().set_isolation_level, value)
+
+    @override
+    def set_read_only(self, value: bool | None) -> None:
+        """As psycopg's, whether or not the current token is cancelled."""
+        self._guard.rollback(super().set_read_only, value)
+
+    @override
+    def set_deferrable(self, value: bool | None) -> None:
+        """As psycopg's, whether or not the current token is cancelled."""
+        self._guard.rollback(super().set_deferrable, value)
 
     @override
     def tpc_prepare(self) -> None:
@@ -146,6 +185,16 @@ class Connection(psycopg.Connection[Row]):
             block.__exit__(None, None, None)
 
 
+@functools.cache
+def _in_front_of(factory: Any, ours: type) -> Any:
+    """A class with ``ours`` in front of a cursor class; what is no class is left alone."""
+    if not isinstance(factory, type) or issubclass(factory, ours):
+        return factory
+    if issubclass(ours, factory):
+        return ours
+    return type(factory.__name__, (ours, factory), {"__doc__": factory.__doc__, "__module__": __name__})
+
+
 connect: Callable[..., Connection[Any]] = Connection.connect
 
 
@@ -165,15 +214,27 @@ def _midway(connection: Connection[Any]) -> bool:
     return not connection.closed and connection.pgconn.transaction_status == TransactionStatus.ACTIVE
 
 
-def _recover(connection: Connection[Any], _error: Exception | None) -> bool:
-    """Roll back below psycopg's methods: whoever waited holds its lock."""
-    state = connection.pgconn.transaction_status
-    if connection.pgconn.status != ConnStatus.OK or state not in _KNOWN or connection.pgconn.pipeline_status:
-        return False
-    if state == TransactionStatus.IDLE or connection._blocks:  # noqa: SLF001  # its block rolls back
-        return True
-    return connection.pgconn.exec_(b"ROLLBACK").status == ExecStatus.COMMAND_OK
+def _is_certain(connection: Connection[Any], _error: Exception | None) -> bool:
+    connected = connection.pgconn
+    return (
+        connected.status == ConnStatus.OK and connected.transaction_status in _KNOWN and not connected.pipeline_status
+    )
+
+
+def _roll_back(connection: Connection[Any]) -> None:
+    """Roll back below psycopg's methods: whoever waited holds its lock. A transaction block rolls back itself."""
+    if connection.pgconn.transaction_status == TransactionStatus.IDLE or connection._blocks:  # noqa: SLF001
+        return
+    if connection.pgconn.exec_(b"ROLLBACK").status != ExecStatus.COMMAND_OK:
+        raise psycopg.OperationalError("PostgreSQL would not roll back")
 
 
 _KNOWN = {TransactionStatus.IDLE, TransactionStatus.INTRANS, TransactionStatus.INERROR}
-_DRIVER = Driver(stop=_stop, recover=_recover, close=_close, hang_up=_hang_up, midway=_midway)
+_DRIVER = Driver(
+    stop=_stop,
+    is_certain=_is_certain,
+    roll_back=_roll_back,
+    close=_close,
+    hang_up=_hang_up,
+    midway=_midway,
+)

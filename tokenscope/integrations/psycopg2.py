@@ -227,13 +227,13 @@ def _hang_up(connection: Connection) -> None:
     shut_down(connection.fileno())
 
 
-def _recover(connection: Connection, _error: Exception | None) -> bool:
-    state = connection.info.transaction_status
-    if connection.closed or state not in _KNOWN:
-        return False
-    if state != extensions.TRANSACTION_STATUS_IDLE:
+def _is_certain(connection: Connection, _error: Exception | None) -> bool:
+    return not connection.closed and connection.info.transaction_status in _KNOWN
+
+
+def _roll_back(connection: Connection) -> None:
+    if connection.info.transaction_status != extensions.TRANSACTION_STATUS_IDLE:
         connection.rollback()
-    return True
 
 
 _KNOWN = {
@@ -241,4 +241,10 @@ _KNOWN = {
     extensions.TRANSACTION_STATUS_INTRANS,
     extensions.TRANSACTION_STATUS_INERROR,
 }
-_DRIVER = Driver(stop=_stop, recover=_recover, close=extensions.connection.close, hang_up=_hang_up)
+_DRIVER = Driver(
+    stop=_stop,
+    is_certain=_is_certain,
+    roll_back=_roll_back,
+    close=extensions.connection.close,
+    hang_up=_hang_up,
+)

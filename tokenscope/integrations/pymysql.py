@@ -24,7 +24,7 @@ from tokenscope.net.connect import connect as connect_socket
 
 with needs("pymysql", extra="pymysql"):
     import pymysql
-    from pymysql.constants import CR, ER
+    from pymysql.constants import CR, ER, SERVER_STATUS
 
 __all__ = ["Connection", "connect"]
 
@@ -95,7 +95,7 @@ class Connection(_Base):
                 socket_options=_OPTIONS,
             )
         except OSError as error:
-            raise pymysql.err.OperationalError(
+            raise self.OperationalError(
                 CR.CR_CONN_HOST_ERROR, f"Can't connect to MySQL server on {self.host!r} ({error})"
             ) from error
         self.host_info = f"socket {self.host}:{self.port}"
@@ -150,8 +150,11 @@ class Connection(_Base):
 
     @override
     def autocommit(self, value: bool) -> None:
-        """As PyMySQL's; turning it on commits."""
-        self._guard.commit(super().autocommit, value)
+        """As PyMySQL's. In a transaction turning it on is a commit."""
+        status: int = getattr(self, "server_status", 0)  # none before the first answer
+        in_transaction = status & SERVER_STATUS.SERVER_STATUS_IN_TRANS
+        run = self._guard.commit if in_transaction else self._guard.rollback
+        run(super().autocommit, value)
 
 
 def connect(**options: Any) -> Connection:
@@ -183,20 +186,27 @@ def _hang_up(connection: Any) -> None:
         shut_down(sock.fileno())
 
 
-def _recover(connection: Connection, error: Exception | None) -> bool:
-    """Only one answer says that the server has done as it was told."""
-    if not (isinstance(error, pymysql.err.Error) and error.args[:1] == (ER.QUERY_INTERRUPTED,)):
-        return False
-    connection.rollback()
-    return True
+def _is_certain(_connection: Connection, error: Exception | None) -> bool:
+    """Only one answer says that the server has done as it was told.
+
+    Whatever its class: after ``install_as_MySQLdb`` there are two of each.
+    """
+    return error is not None and error.args[:1] == (ER.QUERY_INTERRUPTED,)
 
 
 def _close(connection: Any) -> None:
     result = connection._result  # noqa: SLF001  # as above
     if result is not None:
         result.unbuffered_active = result.has_next = False  # or its cursor, when it is closed, would read to the end
-    if connection.open:
-        connection.close()
+    connection._force_close()  # noqa: SLF001  # after `close` the owner's own `close` would be an error
 
 
-_DRIVER = Driver(stop=_stop, recover=_recover, close=_close, hang_up=_hang_up, midway=_reads_unbuffered, certain=False)
+_DRIVER = Driver(
+    stop=_stop,
+    is_certain=_is_certain,
+    roll_back=Connection.rollback,
+    close=_close,
+    hang_up=_hang_up,
+    midway=_reads_unbuffered,
+    certain=False,
+)

@@ -4,7 +4,7 @@ guarded:      what the driver's own integration guards: each statement, each fet
 interrupted:  as the driver's own integration does it; the connection stays in its pool if it was put in order
 not:          waiting for a connection of the pool (until ``pool_timeout``); COMMIT (on purpose); async engines
 versions:     sqlalchemy >=2.0, on sqlite3, psycopg, psycopg2 and PyMySQL
-compat:       tests/integrations/test_sqlalchemy.py
+compat:       sqlalchemy-2.0.0, sqlalchemy-latest, tests/integrations/test_sqlalchemy.py
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ compat:       tests/integrations/test_sqlite3.py
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sqlite3
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -68,20 +70,17 @@ class Connection(sqlite3.Connection):
 
     @override
     def cursor(self, factory: Any = None) -> Any:
-        """As the standard library's; a ``factory`` must make cursors of this module.
+        """As the standard library's; cursor classes of others are made cancellable.
 
         Raises:
-            TypeError: It makes others, which could not be cancelled.
+            TypeError: ``factory`` is no cursor class.
         """
-        cursor = super().cursor(factory or Cursor)  # type: ignore[arg-type]  # mypy takes the first overload
-        if not isinstance(cursor, Cursor):
-            raise TypeError(f"factory must make a {__name__}.Cursor, not {cursor!r}")
-        return cursor
+        return super().cursor(_cancellable(factory or Cursor))
 
     @override
-    def execute(self, sql: str, parameters: Any = ()) -> Any:
+    def execute(self, sql: str, *parameters: Any) -> Any:
         """As `Cursor.execute`, with a new cursor."""
-        return self.cursor().execute(sql, parameters)
+        return self.cursor().execute(sql, *parameters)
 
     @override
     def executemany(self, sql: str, parameters: Any) -> Any:
@@ -112,6 +111,35 @@ class Connection(sqlite3.Connection):
     def rollback(self) -> None:
         """Roll back, whether or not the current token is cancelled."""
         self._guard.rollback(super().rollback)
+
+    # Both of these commit, too: Django leaves `atomic` blocks so.
+
+    @property
+    def isolation_level(self) -> Any:
+        """As the standard library's; in a transaction, setting it to None is a commit."""
+        return super().isolation_level
+
+    @isolation_level.setter
+    def isolation_level(self, level: Any) -> None:
+        self._set("isolation_level", level, commits=level is None)
+
+    if sys.version_info >= (3, 12):
+
+        @property
+        def autocommit(self) -> Any:
+            """As the standard library's; in a transaction, setting it to True is a commit."""
+            return super().autocommit
+
+        @autocommit.setter
+        def autocommit(self, mode: Any) -> None:
+            self._set("autocommit", mode, commits=mode is True)
+
+    def _set(self, name: str, value: object, *, commits: bool) -> None:
+        attribute = getattr(sqlite3.Connection, name)
+        if commits and self.in_transaction:
+            self._guard.commit(self._waiting_for_locks, attribute.__set__, self, value)
+        else:
+            attribute.__set__(self, value)
 
     @override
     def __enter__(self) -> Self:
@@ -171,10 +199,10 @@ class Cursor(sqlite3.Cursor):
         self._was_held_up = False
 
     @override
-    def execute(self, sql: str, parameters: Any = ()) -> Self:
+    def execute(self, sql: str, *parameters: Any) -> Self:
         """As the standard library's. COMMIT and ROLLBACK are treated as the methods of the connection are."""
         self._was_held_up = False
-        self._guard.statement(sql, self._waiting, super().execute, sql, parameters)
+        self._guard.statement(sql, self._waiting, super().execute, sql, *parameters)
         return self
 
     @override
@@ -225,6 +253,20 @@ class Cursor(sqlite3.Cursor):
         return row
 
 
+@functools.cache
+def _cancellable(factory: Any) -> Any:
+    """The cursor class with the guard in front.
+
+    Raises:
+        TypeError: It is no cursor class.
+    """
+    if not (isinstance(factory, type) and issubclass(factory, sqlite3.Cursor)):
+        raise TypeError(f"factory must be a class of sqlite3 cursors, not {factory!r}")
+    if issubclass(factory, Cursor):
+        return factory
+    return type(factory.__name__, (Cursor, factory), {"__doc__": factory.__doc__, "__module__": __name__})
+
+
 class _Rows:
     """The rows for an `executemany`, which may be begun again at the row that had to wait for a lock."""
 
@@ -248,14 +290,21 @@ def _is_busy(error: sqlite3.Error) -> bool:
     return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
 
 
-def _recover(connection: Connection, _error: Exception | None) -> bool:
+def _is_certain(_connection: Connection, _error: Exception | None) -> bool:
+    return True  # the database is in this process
+
+
+def _roll_back(connection: Connection) -> None:
     if connection.in_transaction:
         if getattr(connection, "autocommit", None) is True:  # from Python 3.12; its `rollback` does nothing then
             connection.execute("ROLLBACK")
         else:
             connection.rollback()
-    return True
 
 
-# What a stopped statement answers is true: an error, or all of it.
-_DRIVER = Driver(stop=sqlite3.Connection.interrupt, recover=_recover, close=sqlite3.Connection.close)
+_DRIVER = Driver(
+    stop=sqlite3.Connection.interrupt,
+    is_certain=_is_certain,
+    roll_back=_roll_back,
+    close=sqlite3.Connection.close,
+)

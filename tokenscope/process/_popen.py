@@ -264,9 +264,8 @@ def run(
         if kwargs.get("stdout") is not None or kwargs.get("stderr") is not None:
             raise ValueError("stdout and stderr arguments may not be used with capture_output.")
         kwargs["stdout"] = kwargs["stderr"] = PIPE
-    process = Popen.__new__(
-        Popen
-    )  # at hand before it starts: an interrupt may fall between its start and any line here
+    # At hand before it starts: an interrupt may fall between its start and any line here.
+    process = Popen.__new__(Popen)
     try:
         process.__init__(*popenargs, token=token, grace=grace, **kwargs)  # type: ignore[misc]
         try:

@@ -606,6 +606,43 @@ def test_ctrl_c_ends_the_group():
     assert not is_living(pid)
 
 
+def test_ctrl_c_while_it_is_being_started_is_put_off():
+    """Between the start of the process and the line that knows its number no interrupt can fall."""
+    pressed = []
+
+    class Impatient(process.Popen):
+        def _execute_child(self, *args):
+            super()._execute_child(*args)
+            pressed.append(self.pid)
+            pid, self.pid = self.pid, None  # as if the number had not been stored yet
+            signal.raise_signal(signal.SIGINT)
+            self.pid = pid
+
+    with pytest.raises(KeyboardInterrupt):
+        Impatient(["sleep", "1000"])
+    assert not is_living(pressed[0])
+    assert has_no_children()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_at_random_moments_leaves_nobody_behind():
+    """Wherever it falls between the start and the end of `run`, the command is gone when it is told."""
+    randoms = random.Random(3)
+    for _ in range(10):
+        program = Program("""
+            from tokenscope import process
+            try:
+                process.run("echo $$; exec sleep 1000", shell=True, grace=0.1)
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+        """)
+        pid = int(program.line())
+        threading.Event().wait(randoms.random() * 0.002)
+        program.interrupt()
+        assert program.finish()[:2] == (0, "interrupted\n")
+        assert not is_living(pid)
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_grace():
     """An impatient user gets KILL at once."""
     program = Program("""

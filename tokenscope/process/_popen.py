@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import signal
 import subprocess
+import threading
 from subprocess import PIPE, CalledProcessError, CompletedProcess, TimeoutExpired
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +19,7 @@ from tokenscope.process._child import Child, nursery_here
 from tokenscope.process._pipes import Talk, guarded
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from tokenscope._core.token import CancellationToken
@@ -64,10 +67,11 @@ class Popen(subprocess.Popen[Any]):
         mine.check()
         nursery = nursery_here()
         try:
-            super().__init__(*call.args, **call.kwargs)
-            child = self._child = Child(
-                self.pid, _name_of(args), mine, explicit=token is not None, grace=seconds, nursery=nursery
-            )
+            with _no_interrupts():
+                super().__init__(*call.args, **call.kwargs)
+                child = self._child = Child(
+                    self.pid, _name_of(args), mine, explicit=token is not None, grace=seconds, nursery=nursery
+                )
             bufsize = call.arguments.get("bufsize", -1)
             self.stdin = guarded(self.stdin, child, bufsize)
             self.stdout = guarded(self.stdout, child, bufsize)
@@ -77,12 +81,13 @@ class Popen(subprocess.Popen[Any]):
             raise
 
     def _leave_nothing(self) -> None:
-        """Starting it failed, or was cut off by an interrupt."""
+        """Starting it failed, or was cut off."""
         if self._child is not None:
             self._end(0)
         elif getattr(self, "pid", None) is not None and self.returncode is None:
-            super().kill()
-            super().wait()
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
 
     @property
     def _mine(self) -> Child:
@@ -167,12 +172,12 @@ class Popen(subprocess.Popen[Any]):
     @override
     def terminate(self) -> None:
         """Send TERM to it and its group. Does not wait."""
-        self._mine.tree.signal_group(15)
+        self._mine.tree.signal_group(signal.SIGTERM)
 
     @override
     def kill(self) -> None:
         """Send KILL to it and its group. Does not wait."""
-        self._mine.tree.signal_group(9)
+        self._mine.tree.signal_group(signal.SIGKILL)
 
     def _end(self, grace: float | None = None) -> None:
         """End it and wait until it is gone. No checkpoint."""
@@ -280,6 +285,27 @@ def run(
     if check and code:
         raise CalledProcessError(code, process.args, stdout, stderr)
     return CompletedProcess(process.args, code, stdout, stderr)
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Put Ctrl-C off for the moment in which a process runs already and nobody has its number yet.
+
+    Signals are handled by the main thread, so elsewhere there is nothing to do. The handler is exchanged and not the
+    signal masked, since the child would inherit the mask.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *call: pressed.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            before(*pressed[0])
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------

@@ -38,8 +38,11 @@ class Descriptor:
         self.fd = fd
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
+        # No call of a Python function here: an interrupt that falls into a finalizer is lost.
+        try:  # noqa: SIM105
             os.close(self.fd)
+        except (OSError, AttributeError):  # AttributeError: an interrupt cut its making
+            pass
 
     def is_ready(self) -> bool:
         """Whether it can be read now; for a process: whether that has ended."""

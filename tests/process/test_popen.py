@@ -591,7 +591,7 @@ def test_an_uninterruptible_sections_own_limit_cuts():
 def test_ctrl_c_ends_the_group():
     """The child has a session of its own, so the terminal does not reach it: we do.
 
-    It speaks when it has heard us, for then its start is over; see docs/limits.md for an interrupt before that.
+    It speaks when it has heard us, for then its start is over.
     """
     program = Program("""
         from tokenscope import process

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -226,3 +228,21 @@ def test_waiting_for_oneself_is_refused():
     it = sync.Semaphore(0)
     with pytest.raises(RuntimeError, match="signal handler"):
         it._desk.ask(it.acquire)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_nobody_waits_in_a_forked_child():
+    """The threads that waited are not there any more: what comes free is for whoever asks."""
+    it = sync.Semaphore(0)
+    waiting = Waiting(it.acquire)
+    until(lambda: it._line.turns)
+    child = os.fork()
+    if not child:
+        sys.settrace(None)  # a coverage tracer has a lock of its own, which another thread may have held
+        it.release()
+        os._exit(0 if it.acquire(blocking=False) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert waiting.waits()
+    it.release()
+    waiting.end()

@@ -21,6 +21,7 @@ from tokenscope import (
     wait_any,
 )
 from tokenscope._core.current import uninterruptible
+from tokenscope.sync._line import Desk
 
 
 class Thing:
@@ -185,14 +186,24 @@ def test_all_ready_ones_in_the_order_given(others):
     assert wait_any(second, *others, first) == [second, first]
 
 
-def test_a_promised_item_is_not_announced(others):
+def test_a_promised_item_is_not_announced(others, monkeypatch):
     """An item that belongs to a thread which waits in `get` is nobody else's."""
+    woken, go_on, sleep = threading.Event(), threading.Event(), Desk.sleep
+
+    def sleep_and_dawdle(*arguments):
+        sleep(*arguments)
+        woken.set()
+        go_on.wait(WAIT)
+
+    monkeypatch.setattr(Desk, "sleep", sleep_and_dawdle)
     items = sync.Queue()
     getting = Waiting(items.get)
     until(lambda: items._getters.turns)
     items.put("an item")
-    assert getting.end() == "an item"
+    assert woken.wait(WAIT)
     assert wait_any(items, *others, timeout=0) == []
+    go_on.set()
+    assert getting.end() == "an item"
 
 
 def test_bytes_that_tls_has_read_already_count():

@@ -16,12 +16,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
+from tokenscope import current_token
+from tokenscope.integrations.flask import TokenScope, cancellable  # first: without Flask it names what to install
+from tokenscope.integrations.requests import Session
+
+# isort: split
 from flask import Flask, Response, request
 from werkzeug.serving import make_server
-
-from tokenscope import current_token
-from tokenscope.integrations.flask import TokenScope, cancellable
-from tokenscope.integrations.requests import Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

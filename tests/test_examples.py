@@ -85,3 +85,13 @@ def test_a_broken_example_is_found(tmp_path, source, complaint):
     path.write_text(source, encoding="utf-8")
     with pytest.raises(AssertionError, match=complaint):
         run(path)
+
+
+def test_flask_example_without_flask_names_the_extra():
+    """Who runs it without Flask reads in the last line what to install."""
+    program = "import runpy, sys; sys.modules['flask'] = None; runpy.run_path(sys.argv[1])"
+    example = next(path for path in EXAMPLES if path.name == "flask_chat.py")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(example)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.stderr.splitlines()[-1].endswith("pip install 'tokenscope-threads[flask]'")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -491,3 +493,68 @@ def test_fork_shares_no_connection_and_cuts_none():
             go_on.set()
         assert output == "7\nfirstafter\n", errors
         assert peer.connections == 3
+
+
+# --- adapters of the user's, on our session -----------------------------------------------------------------
+
+
+class OwnAdapter(HTTPAdapter):
+    """What a user derives from requests' adapter."""
+
+
+ADAPTERS = {
+    "plain": HTTPAdapter,
+    "retries and pool size": lambda: HTTPAdapter(max_retries=3, pool_maxsize=2),
+    "subclass": OwnAdapter,
+}
+
+
+@pytest.mark.parametrize("which", ["the session's", "the current"])
+@pytest.mark.parametrize("make", ADAPTERS.values(), ids=ADAPTERS)
+def test_adapter_mounted_on_our_session_is_cancellable(make, which):
+    """Whoever mounts an adapter of their own on a `Session` keeps cancellation, and the session's token."""
+    own, current = CancellationToken(), CancellationToken()
+    with Peer(play.hangs_in_body("sse")) as peer, Session(token=own) as session:
+        session.trust_env = False
+        session.mount("http://", make())
+        attempt = Attempt(lambda: list(session.get(peer.url(), stream=True).iter_lines()), current)
+        assert peer.reached.wait(5)
+        cancelled = own if which == "the session's" else current
+        cancelled.cancel("stop")
+        failure = attempt.failure()
+        assert isinstance(failure, Cancelled)
+        assert failure.reason is cancelled.reason
+        assert peer.closed.wait(5)
+
+
+@pytest.mark.parametrize("again", [copy.copy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copied", "pickled"])
+def test_our_session_with_a_plain_adapter_stays_cancellable(again):
+    """A copy of a `Session` makes new pools, and they are cancellable."""
+    with Session() as original:
+        original.mount("http://", HTTPAdapter())
+        with again(original) as session, Peer(play.hangs_in_body("sse")) as peer:
+            session.trust_env = False
+            assert_cancellable(session.get, peer)
+
+
+def test_pickled_session_of_somebody_else_has_to_be_mounted_again():
+    """`mount` changes the pools of a session, and those are not pickled."""
+    with plain_session() as session:
+        mount(session)
+        with pickle.loads(pickle.dumps(session)) as other:
+            assert not is_guarded(other.get_adapter("http://").poolmanager)
+            mount(other)
+            assert is_guarded(other.get_adapter("http://").poolmanager)
+
+
+def test_adapter_of_another_kind_is_taken_as_it_is():
+    """What is no `HTTPAdapter` is mounted untouched."""
+
+    class Canned(requests.adapters.BaseAdapter):
+        def close(self) -> None:
+            """Nothing is open."""
+
+    with Session() as session:
+        adapter = Canned()
+        session.mount("canned://", adapter)
+        assert session.get_adapter("canned://x") is adapter

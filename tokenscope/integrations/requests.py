@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import urllib3
+    from requests.adapters import BaseAdapter
 
     from tokenscope._core.token import CancellationToken
 
@@ -94,6 +95,10 @@ class Session(requests.Session):
         token: Ends them as well, besides the current token (never instead of it). Not pickled with the
             session.
 
+    An `HTTPAdapter` that is mounted later (with retries, pool sizes, of a class of your own) is made cancellable as
+    by `mount`, and stays so when the session is pickled or copied. An adapter that is no `HTTPAdapter` is taken as
+    it is: a cancel does not reach into its requests.
+
     Thread-safe as far as `requests.Session` is. A streaming response stays bound to the token it was opened
     under until it is closed or read to the end, whichever thread reads it.
 
@@ -101,18 +106,40 @@ class Session(requests.Session):
         TypeError: ``token`` is no `CancellationToken`.
     """
 
+    _token: CancellationToken | None = None  # not among requests' `__attrs__`, so not pickled
+
     def __init__(self, *, token: CancellationToken | None = None) -> None:
         check_token(token)
+        self._token = token
         super().__init__()
-        self.mount("https://", CancellableAdapter(token=token))
-        self.mount("http://", CancellableAdapter(token=token))
+        self.mount("https://", CancellableAdapter())
+        self.mount("http://", CancellableAdapter())
+
+    @override
+    def mount(self, prefix: str, adapter: BaseAdapter) -> None:
+        """As requests'; an `HTTPAdapter` is made cancellable, its idle connections are closed."""
+        _guard_mounted(adapter)
+        super().mount(prefix, adapter)
+
+    @override
+    def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+        """Send one prepared request and follow its redirects, or raise what the token says."""
+        if self._token is None:
+            return super().send(*args, **kwargs)
+        with under(self._token):
+            return super().send(*args, **kwargs)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        mount(self)  # a pickled adapter makes itself new pools
 
 
 def mount(session: requests.Session) -> None:
     """Make the requests of an existing session end with the current token.
 
     Its adapters stay, with all their settings; their pools are replaced, and idle connections closed.
-    Adapters that are no `HTTPAdapter`, and connections to SOCKS proxies, are left as they are.
+    Adapters that are no `HTTPAdapter`, and connections to SOCKS proxies, are left as they are. A pickled copy of the
+    session is a plain one: mount it again.
 
     Raises:
         TypeError: It is no `requests.Session`.
@@ -120,9 +147,7 @@ def mount(session: requests.Session) -> None:
     if not isinstance(session, requests.Session):
         raise TypeError(f"session must be a requests.Session, not {session!r}")
     for adapter in session.adapters.values():
-        if isinstance(adapter, HTTPAdapter):
-            _instrumented.discard(adapter)
-            _guard_adapter(adapter)
+        _guard_mounted(adapter)
 
 
 def instrument() -> None:
@@ -223,6 +248,12 @@ class _GuardedProxies(dict[str, Any]):
     def __setitem__(self, proxy: str, manager: Any) -> None:
         _guard_if_possible(manager)
         super().__setitem__(proxy, manager)
+
+
+def _guard_mounted(adapter: BaseAdapter) -> None:
+    if isinstance(adapter, HTTPAdapter):
+        _instrumented.discard(adapter)  # `uninstrument` is not to undo it
+        _guard_adapter(adapter)
 
 
 def _guard_adapter(adapter: HTTPAdapter) -> None:

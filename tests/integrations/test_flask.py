@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import flask
 import pytest
 from exchange import Exchange
+from peers import Peer
+from peers import scripts as play
 from werkzeug.exceptions import GatewayTimeout
 
 import tokenscope
 from tokenscope import DeadlineExceeded, current_scope, current_token
 from tokenscope._core import events
 from tokenscope.integrations.flask import TokenScope, cancellable
+from tokenscope.integrations.requests import Session
 from tokenscope.integrations.wsgi import RequestScopeMiddleware
 
 if TYPE_CHECKING:
@@ -722,3 +725,30 @@ def test_without_flask_the_import_says_what_to_install() -> None:
     program = "import sys; sys.modules['flask'] = None\nimport tokenscope.integrations.flask"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "pip install 'tokenscope-threads[flask]'" in done.stderr
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["view", "stream"])
+@pytest.mark.parametrize("where", ["teardown_request", "teardown_appcontext"])
+def test_teardown_functions_are_out_of_reach_of_the_hang_up(streams: bool, where: str) -> None:
+    """They look at their token and call another service, although their request was cancelled."""
+    told: list[object] = []
+
+    def hang() -> Iterator[bytes]:
+        now.set()
+        block()
+        yield b""
+
+    def view() -> Any:
+        return flask.Response(flask.stream_with_context(hang())) if streams else list(hang())
+
+    def tear_down(error: BaseException | None) -> None:
+        tokenscope.check()
+        told.append(session.get(peer.url()).text)
+
+    with Peer(play.answers(b"cleaned")) as peer, Session() as session, serving("extension", view) as ask:
+        session.trust_env = False
+        getattr(ask.app, where)(tear_down)
+        now = hang_up_in_a_moment(ask)
+        ask.serve()
+    assert told
+    assert set(told) == {"cleaned"}

@@ -13,6 +13,7 @@ import functools
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from tokenscope._core.current import uninterruptible
 from tokenscope._core.errors import DeadlineExceeded
 from tokenscope._core.reasons import CancelKind
 from tokenscope.integrations._answers import only_error
@@ -36,13 +37,16 @@ __all__ = ["TokenScope", "cancellable"]
 View = TypeVar("View", bound="Callable[..., Any]")
 
 _PREFIX = "TOKENSCOPE_"
+_TEARDOWN_TIMEOUT = 30.0  # seconds, as for the cleanups of a scope
 
 
 class TokenScope:
     """The extension: ``TokenScope(app)``, or ``init_app(app)`` in an application factory.
 
     Every request gets a scope; inside of it `tokenscope.current_scope` is what a view spawns into, with
-    ``flask.request`` and ``flask.g`` at hand in the children. Configuration, read once by ``init_app``:
+    ``flask.request`` and ``flask.g`` at hand in the children. Teardown functions are cleanups: no cancel of the
+    request reaches them, and their waits end after 30 seconds with `DeadlineExceeded`.
+    Configuration, read once by ``init_app``:
 
     - ``TOKENSCOPE_TIMEOUT``: seconds for a view and its streamed response. `DeadlineExceeded` then goes to
       the app's error handlers; without one the answer is a 504.
@@ -69,6 +73,8 @@ class TokenScope:
         app.wsgi_app = RequestScopeMiddleware(app.wsgi_app, **options)  # type: ignore[method-assign]
         dispatch = functools.partial(_dispatch, app, app.dispatch_request, settings.timeout)
         app.dispatch_request = dispatch  # type: ignore[method-assign]
+        for name in ("do_teardown_request", "do_teardown_appcontext"):
+            setattr(app, name, functools.partial(_tear_down, getattr(app, name)))
 
 
 @overload
@@ -125,6 +131,15 @@ def _dispatch(app: flask.Flask, dispatch: Callable[..., Any], timeout: float | N
         mounted = flask.request.environ.get("SCRIPT_NAME", "")
         request.endpoint = f"{flask.request.method} {mounted}{flask.request.url_rule}"
     return _in_part(app, request, functools.partial(dispatch, *args), timeout)
+
+
+def _tear_down(functions: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run the app's teardown functions out of reach of the cancel that they clean up after."""
+    if current_request() is None:  # a context that was pushed by hand
+        functions(*args, **kwargs)
+        return
+    with uninterruptible(_TEARDOWN_TIMEOUT):
+        functions(*args, **kwargs)
 
 
 def _in_part(app: flask.Flask, request: Request, call: Callable[[], Any], timeout: float | None) -> Any:

@@ -1,1 +1,54 @@
-"""What listens to the core's events. Importing ``tokenscope`` attaches `tokenscope.observe.log`, and nothing else."""
+"""What listens to the core's events. Importing ``tokenscope`` attaches `tokenscope.observe.log`, and nothing else.
+
+`subscribe` attaches a listener of your own: ``subscribe(listener, ScopeEnded)``.
+"""
+
+from __future__ import annotations
+
+from tokenscope._core.events import (
+    PROBLEMS,
+    CallbackFailed,
+    CleanupFailed,
+    CleanupOverran,
+    Event,
+    ForeignCancel,
+    HangupIgnored,
+    LateEvent,
+    Orphaned,
+    OrphanEnded,
+    RequestCancelled,
+    ScopeEnded,
+    ScopeOpened,
+    StragglerSeen,
+    TaskEnded,
+    TaskFailed,
+    TaskSpawned,
+    ThreadFailed,
+    TokenCancelled,
+    WatchUnsupported,
+    subscribe,
+)
+
+__all__ = [
+    "PROBLEMS",
+    "CallbackFailed",
+    "CleanupFailed",
+    "CleanupOverran",
+    "Event",
+    "ForeignCancel",
+    "HangupIgnored",
+    "LateEvent",
+    "OrphanEnded",
+    "Orphaned",
+    "RequestCancelled",
+    "ScopeEnded",
+    "ScopeOpened",
+    "StragglerSeen",
+    "TaskEnded",
+    "TaskFailed",
+    "TaskSpawned",
+    "ThreadFailed",
+    "TokenCancelled",
+    "WatchUnsupported",
+    "subscribe",
+]

@@ -24,9 +24,17 @@ def _log_problem(event: Any) -> None:
 
 
 def _describe(event: Any) -> str:
-    """The words of the event: its kind and every field that is not the error itself."""
-    fields = (f"{name}={getattr(event, name)}" for name in type(event).__slots__ if name != "error")
-    return f"{type(event).__name__}: {' '.join(fields)}"
+    """The words of the event: its kind, every field that is not the error itself, and below them the stacks."""
+    names = (name for name in type(event).__slots__ if name not in ("error", "stack", "stacks"))
+    fields = [f"{name}={getattr(event, name)}" for name in names]
+    stacks = getattr(event, "stacks", {})
+    if stacks:
+        fields.append(f"tasks={', '.join(stacks)}")
+    lines = [f"{type(event).__name__}: {' '.join(fields)}"]
+    if hasattr(event, "stack"):
+        lines.append(event.stack.rstrip())
+    lines += [f"--- {task}\n{stack.rstrip()}" for task, stack in stacks.items()]
+    return "\n".join(lines)
 
 
 def _log_request(event: events.RequestCancelled) -> None:

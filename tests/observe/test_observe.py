@@ -42,3 +42,10 @@ def test_stacks_are_logged_line_by_line_below_the_words(event, caplog):
     assert "slow" in first
     assert "File" not in first
     assert lines[-2:] == STACK.splitlines()
+
+
+def test_every_kind_of_event_is_at_the_public_door():
+    """Whoever subscribes can name each kind that the core emits."""
+    kinds = {name for name, kind in vars(events).items() if getattr(kind, "__module__", "") == events.__name__}
+    kinds = {name for name in kinds if isinstance(getattr(events, name), type) and not name.startswith("_")}
+    assert kinds <= set(observe.__all__)

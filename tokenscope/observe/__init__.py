@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from tokenscope._core.events import (
     PROBLEMS,
+    BackgroundCut,
     CallbackFailed,
     CleanupFailed,
     CleanupOverran,
     Event,
+    FallbackUsed,
     ForeignCancel,
     HangupIgnored,
     LateEvent,
@@ -31,10 +33,12 @@ from tokenscope._core.events import (
 
 __all__ = [
     "PROBLEMS",
+    "BackgroundCut",
     "CallbackFailed",
     "CleanupFailed",
     "CleanupOverran",
     "Event",
+    "FallbackUsed",
     "ForeignCancel",
     "HangupIgnored",
     "LateEvent",

@@ -160,11 +160,12 @@ def test_a_failing_source_raises_in_its_turn():
 
 def test_a_result_that_is_there_is_handed_out_to_a_cancelled_consumer():
     """As with Task.result(): what is finished is given, a failure too, whatever has been cancelled because of it."""
-    error = ValueError("item 1")
+    gate, error = Gate(), ValueError("item 1")
     with pytest.raises(ValueError, match="item 1") as caught:
         with ThreadScope() as scope:
-            results = scope.map(lambda n: fail(error) if n == 1 else n, range(2), limit=2)
+            results = scope.map(lambda n: gate.fail(error) if n == 1 else n, range(2), limit=2)
             assert next(results) == 0
+            gate.open()
             assert scope.token.wait(WAIT)  # the failing item has cancelled the body as well
             next(results)
     assert caught.value is error

@@ -108,9 +108,7 @@ class BackgroundScope:
         Raises:
             RuntimeError: The caller is one of its tasks, and would wait for itself.
         """
-        owner = ambient.owner_var.get()
-        if isinstance(owner, Task) and owner.scope is self:
-            raise RuntimeError(f"close() of scope {self.name!r} by its own task would wait for itself")
+        self._crew.refuse_own_child("close()")
         with self._gate.enter():  # whoever spawns at this moment is in before, or refused
             self._closing = True
         drained = self._wait(self._drain_timeout)
@@ -123,9 +121,9 @@ class BackgroundScope:
 
     def _cut(self) -> None:
         """Cancel what is left, and tell what that is: it was promised to outlive its request."""
-        left = self._crew.lingering()
-        running = tuple(task.name for task in left if task.state != "queued")
-        waiting = tuple(task.name for task in left if task.state == "queued")
+        left = [(task.name, task.state) for task in self._crew.lingering()]  # one look: a task may start meanwhile
+        running = tuple(name for name, state in left if state != "queued")
+        waiting = tuple(name for name, state in left if state == "queued")
         if self.token.cancel("the background scope was closed", kind=CancelKind.SHUTDOWN) and left:
             events.emit(events.BackgroundCut(self.name, running, waiting))
 
@@ -144,7 +142,7 @@ class BackgroundScope:
         return True
 
     def _give_up(self) -> None:
-        stacks = {self._crew.label(task): task.stack() for task in self._crew.abandon()}
+        stacks = self._crew.abandon()
         if stacks:
             events.emit(events.Orphaned(self.name, stacks))
 

@@ -26,7 +26,7 @@ from collections import Counter, OrderedDict
 from os import getpid
 from typing import TYPE_CHECKING, Any, cast
 
-from tokenscope._core import _primitives, clock, events, workers
+from tokenscope._core import _primitives, ambient, clock, events, workers
 from tokenscope._core._typing import override
 from tokenscope._core.errors import ScopeClosed
 from tokenscope._core.outcome import Failure
@@ -285,6 +285,16 @@ class Crew(_primitives.Room):
 
     # --- waiting ------------------------------------------------------------------------------------------------
 
+    def refuse_own_child(self, what: str) -> None:
+        """Raise if one of the children is about to wait for all of them.
+
+        Raises:
+            RuntimeError: It is.
+        """
+        owner = ambient.owner_var.get()
+        if isinstance(owner, Task) and owner._crew is self:
+            raise RuntimeError(f"{what} of scope {self.name!r} by its own child would wait for itself")
+
     def idle(self) -> bool:
         """Whether nothing lives here now. Also does what an interrupt left undone."""
         if self.has_leftovers():
@@ -318,10 +328,10 @@ class Crew(_primitives.Room):
         if not (self.live or self.ready):
             self.closed = True
 
-    def abandon(self) -> list[Task[Any]]:
-        """Give up what still lives: it is counted as orphaned, and nobody waits for it any more."""
+    def abandon(self) -> dict[str, str]:
+        """Give up what still lives: it is counted as orphaned, and nobody waits for it any more. Returns the stacks."""
         self.run(self._abandon_locked)
-        return list(self.orphans)
+        return {self.label(task): task.stack() for task in tuple(self.orphans)}
 
     def _abandon_locked(self) -> None:
         self.gave_up = clock.now()

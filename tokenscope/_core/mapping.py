@@ -39,7 +39,7 @@ class ScopeMap(Generic[T]):
         self._ordered = ordered
         self._tasks: deque[Task[T]] = deque()
         self._exhausted = False
-        self._source_error: BaseException | None = None  # told when what is in flight has been handed out
+        self._source_error: BaseException | None = None  # told in its turn: see `__next__`
         self._closed = False
         self._source_closed = False
         self._cut_off = False  # one-way: the scope was left before the end of the map
@@ -66,7 +66,8 @@ class ScopeMap(Generic[T]):
             caller.check()
         if not caller.cancelled:
             self._fill()
-        if self._source_error is not None and (not self._tasks or not (self._ordered or task)):
+        errors_turn = not self._tasks if self._ordered else task is None
+        if self._source_error is not None and errors_turn:
             error, self._source_error = self._source_error, None
             raise error
         if not self._tasks:

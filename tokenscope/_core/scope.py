@@ -263,9 +263,7 @@ class ThreadScope:
         seconds = clock.validate_timeout(timeout)
         end = clock.deadline_after(seconds)
         crew = self._children()
-        owner = ambient.owner_var.get()
-        if isinstance(owner, Task) and owner._crew is crew:
-            raise RuntimeError(f"join() of scope {self.name!r} by its own child would wait for itself")
+        crew.refuse_own_child("join()")
         caller = current_token()
         while True:
             caller.check()
@@ -433,7 +431,7 @@ class ThreadScope:
             self._abandon(crew, ending)
 
     def _abandon(self, crew: Crew, ending: Ending) -> None:
-        stacks = {crew.label(task): task.stack() for task in crew.abandon()}
+        stacks = crew.abandon()
         if not stacks or any(isinstance(failure.error, StragglersLeft) for failure in ending.failures):
             return
         left = StragglersLeft(f"scope {self.name!r} gave up waiting for {len(stacks)} of its children", stacks)

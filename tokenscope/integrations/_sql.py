@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 import os
 import re
@@ -54,13 +55,24 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tokenscope._core import _primitives, events, workers
 from tokenscope._core import token as tokens
 from tokenscope._core.current import current_token, standing_back, uninterruptible
+from tokenscope._core.errors import TokenScopeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tokenscope._core.token import CancellationToken
 
-__all__ = ["END", "Driver", "Guard", "next_or_end", "shut_down"]
+__all__ = [
+    "END",
+    "Driver",
+    "Ends",
+    "Guard",
+    "TwoPhaseEnds",
+    "connect_of",
+    "in_front_of",
+    "next_or_end",
+    "shut_down",
+]
 
 #: What `next_or_end` answers when there are no more rows.
 END = object()
@@ -344,6 +356,67 @@ class Guard:
     def _tell(self, what: str, error: Exception) -> None:
         name = type(self._connection()).__module__
         events.emit(events.CallbackFailed(f"{what} of a cancelled database call ({name})", error))
+
+
+class Ends:
+    """``commit`` and ``rollback`` of a guarded connection. In front of the driver's class, whose own they call."""
+
+    _guard: Guard
+
+    def commit(self) -> None:
+        """Commit, unless the current token is cancelled.
+
+        Raises:
+            Cancelled: It is; nothing was committed.
+        """
+        self._guard.commit(super().commit)  # type: ignore[misc]
+
+    def rollback(self) -> None:
+        """Roll back, whether or not the current token is cancelled."""
+        self._guard.rollback(super().rollback)  # type: ignore[misc]
+
+
+class TwoPhaseEnds(Ends):
+    """With the two-phase forms of the DB-API."""
+
+    def tpc_prepare(self) -> None:
+        """As the driver's; like a commit."""
+        self._guard.commit(super().tpc_prepare)  # type: ignore[misc]
+
+    def tpc_commit(self, *xid: Any, **options: Any) -> None:
+        """As the driver's; like a commit."""
+        self._guard.commit(super().tpc_commit, *xid, **options)  # type: ignore[misc]
+
+    def tpc_rollback(self, *xid: Any, **options: Any) -> None:
+        """As the driver's; like a rollback."""
+        self._guard.rollback(super().tpc_rollback, *xid, **options)  # type: ignore[misc]
+
+
+def in_front_of(factory: Any, ours: Any) -> Any:
+    """The cursor class of somebody else with ``ours`` in front, unless it is there already."""
+    return factory if issubclass(factory, ours) else _joined_class(factory, ours)
+
+
+@functools.cache
+def _joined_class(factory: Any, ours: Any) -> type:
+    return type(factory.__name__, (ours, factory), {"__doc__": factory.__doc__, "__module__": ours.__module__})
+
+
+# The drivers that have an integration, which is a module of the same name.
+_DRIVERS = frozenset(("sqlite3", "psycopg", "psycopg2", "pymysql"))
+
+
+def connect_of(driver: str, whose: str) -> Callable[..., Any]:
+    """The function that connects with a guard. Only the driver in use need be installed.
+
+    Raises:
+        TokenScopeError: There is none for this driver, which is ``whose``.
+        ImportError: The driver is not installed.
+    """
+    if driver not in _DRIVERS:
+        raise TokenScopeError(f"tokenscope cannot cancel queries of {whose} {driver!r}")
+    connect: Callable[..., Any] = importlib.import_module(f"tokenscope.integrations.{driver}").connect
+    return connect
 
 
 def next_or_end(step: Callable[[], Any]) -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenscope._core.errors import TokenScopeError
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._sql import Guard
+from tokenscope.integrations._sql import Guard, connect_of
 
 with needs("django", extra="django"):
     from django.db import connections  # type: ignore[import-untyped]
@@ -35,7 +35,6 @@ _BACKENDS = {
     "postgresql": "django.db.backends.postgresql.base",
     "mysql": "django.db.backends.mysql.base",
 }
-_DRIVERS = {"sqlite3": "sqlite3", "psycopg": "psycopg", "psycopg2": "psycopg2", "pymysql": "pymysql"}
 
 _lock = threading.Lock()
 _originals: dict[ModuleType, Any] = {}  # backend -> its driver; changed under the lock
@@ -91,11 +90,7 @@ def _backend_of(alias: str) -> ModuleType:
 
 
 def _connect_of(backend: ModuleType) -> Callable[..., Any]:
-    name = backend.Database.__name__.partition(".")[0]
-    if name not in _DRIVERS:
-        raise TokenScopeError(f"tokenscope cannot cancel queries of Django's driver {name!r}")
-    connect: Callable[..., Any] = importlib.import_module(f"tokenscope.integrations.{_DRIVERS[name]}").connect
-    return connect
+    return connect_of(backend.Database.__name__.partition(".")[0], "Django's driver")
 
 
 def _set_driver(backend: Any, driver: Any) -> None:

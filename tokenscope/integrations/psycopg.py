@@ -11,13 +11,12 @@ compat:       psycopg-3.2.2, psycopg-latest
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import TYPE_CHECKING, Any
 
 from tokenscope._core._typing import override
 from tokenscope._core.current import current_token, standing_back, uninterruptible
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._sql import Driver, Guard, shut_down
+from tokenscope.integrations._sql import Driver, Guard, TwoPhaseEnds, in_front_of, shut_down
 
 with needs("psycopg", extra="psycopg"):
     import psycopg
@@ -56,7 +55,7 @@ class ServerCursor(psycopg.ServerCursor[Row]):
         guard.rollback(super().close)
 
 
-class Connection(psycopg.Connection[Row]):
+class Connection(TwoPhaseEnds, psycopg.Connection[Row]):
     """`psycopg.Connection` whose calls end with the current token.
 
     A blocked call raises `Cancelled`; psycopg's error is its ``__cause__``. By then PostgreSQL has stopped, and the
@@ -79,7 +78,7 @@ class Connection(psycopg.Connection[Row]):
 
     @cursor_factory.setter
     def cursor_factory(self, factory: Any) -> None:
-        self._cursor_factory = _in_front_of(factory, Cursor)
+        self._cursor_factory = _put_in_front(factory, Cursor)
 
     @property
     def server_cursor_factory(self) -> Any:
@@ -88,7 +87,7 @@ class Connection(psycopg.Connection[Row]):
 
     @server_cursor_factory.setter
     def server_cursor_factory(self, factory: Any) -> None:
-        self._server_cursor_factory = _in_front_of(factory, ServerCursor)
+        self._server_cursor_factory = _put_in_front(factory, ServerCursor)
 
     @classmethod
     @override
@@ -111,20 +110,6 @@ class Connection(psycopg.Connection[Row]):
     def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
         """As psycopg's: all that blocks comes through here."""
         return self._guard.call(super().wait, gen, *args, **options)
-
-    @override
-    def commit(self) -> None:
-        """Commit, unless the current token is cancelled.
-
-        Raises:
-            Cancelled: It is; nothing was committed.
-        """
-        self._guard.commit(super().commit)
-
-    @override
-    def rollback(self) -> None:
-        """Roll back, whether or not the current token is cancelled."""
-        self._guard.rollback(super().rollback)
 
     # They send nothing: whoever puts things in order after a cancel needs them.
 
@@ -149,21 +134,6 @@ class Connection(psycopg.Connection[Row]):
         self._guard.rollback(super().set_deferrable, value)
 
     @override
-    def tpc_prepare(self) -> None:
-        """As psycopg's; like a commit."""
-        self._guard.commit(super().tpc_prepare)
-
-    @override
-    def tpc_commit(self, xid: Any = None) -> None:
-        """As psycopg's; like a commit."""
-        self._guard.commit(super().tpc_commit, xid)
-
-    @override
-    def tpc_rollback(self, xid: Any = None) -> None:
-        """As psycopg's; like a rollback."""
-        self._guard.rollback(super().tpc_rollback, xid)
-
-    @override
     @contextlib.contextmanager
     def transaction(self, *args: Any, **options: Any) -> Iterator[psycopg.Transaction]:
         """As psycopg's; its end is like `commit` or `rollback`."""
@@ -185,14 +155,11 @@ class Connection(psycopg.Connection[Row]):
             block.__exit__(None, None, None)
 
 
-@functools.cache
-def _in_front_of(factory: Any, ours: type) -> Any:
-    """A class with ``ours`` in front of a cursor class; what is no class is left alone."""
-    if not isinstance(factory, type) or issubclass(factory, ours):
+def _put_in_front(factory: Any, ours: type) -> Any:
+    """What is no class is left alone."""
+    if not isinstance(factory, type):
         return factory
-    if issubclass(ours, factory):
-        return ours
-    return type(factory.__name__, (ours, factory), {"__doc__": factory.__doc__, "__module__": __name__})
+    return ours if issubclass(ours, factory) else in_front_of(factory, ours)
 
 
 connect: Callable[..., Connection[Any]] = Connection.connect

@@ -11,13 +11,12 @@ compat:       psycopg2-binary-2.9.9, psycopg2-binary-latest
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import TYPE_CHECKING, Any
 
 from tokenscope._core._typing import override
 from tokenscope._core.current import current_token, standing_back
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._sql import END, Driver, Guard, next_or_end, shut_down
+from tokenscope.integrations._sql import END, Driver, Guard, TwoPhaseEnds, in_front_of, next_or_end, shut_down
 
 with needs("psycopg2", extra="psycopg2"):
     import psycopg2
@@ -48,7 +47,7 @@ def connect(*args: Any, **options: Any) -> Connection:
     return connection
 
 
-class Connection(extensions.connection):
+class Connection(TwoPhaseEnds, extensions.connection):
     """``psycopg2``'s connection, whose calls end with the current token.
 
     A blocked call raises `Cancelled`; psycopg2's error is its ``__cause__``. By then PostgreSQL has stopped, and the
@@ -72,35 +71,6 @@ class Connection(extensions.connection):
         default: Any = self.cursor_factory  # often None
         factory = cursor_factory or default or extensions.cursor
         return super().cursor(name, cursor_factory=_cancellable(factory), **options)
-
-    @override
-    def commit(self) -> None:
-        """Commit, unless the current token is cancelled.
-
-        Raises:
-            Cancelled: It is; nothing was committed.
-        """
-        self._guard.commit(super().commit)
-
-    @override
-    def rollback(self) -> None:
-        """Roll back, whether or not the current token is cancelled."""
-        self._guard.rollback(super().rollback)
-
-    @override
-    def tpc_prepare(self) -> None:
-        """As psycopg2's; like a commit."""
-        self._guard.commit(super().tpc_prepare)
-
-    @override
-    def tpc_commit(self, *xid: Any) -> None:
-        """As psycopg2's; like a commit."""
-        self._guard.commit(super().tpc_commit, *xid)
-
-    @override
-    def tpc_rollback(self, *xid: Any) -> None:
-        """As psycopg2's; like a rollback."""
-        self._guard.rollback(super().tpc_rollback, *xid)
 
 
 class _Cursor(extensions.cursor):
@@ -191,7 +161,6 @@ class _Cursor(extensions.cursor):
         return self._guard.call(operation, *args, **options)
 
 
-@functools.cache
 def _cancellable(factory: Any) -> Any:
     """The cursor class with the guard in front.
 
@@ -200,9 +169,7 @@ def _cancellable(factory: Any) -> Any:
     """
     if not (isinstance(factory, type) and issubclass(factory, extensions.cursor)):
         raise TypeError(f"cursor_factory must be a class of psycopg2 cursors, not {factory!r}")
-    if issubclass(factory, _Cursor):
-        return factory
-    return type(factory.__name__, (_Cursor, factory), {"__doc__": factory.__doc__, "__module__": __name__})
+    return in_front_of(factory, _Cursor)
 
 
 # The libpq that psycopg2 itself uses. psycopg2's own `cancel` holds the interpreter's lock while it waits for the

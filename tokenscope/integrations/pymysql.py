@@ -19,7 +19,7 @@ from tokenscope._core import token as tokens
 from tokenscope._core._typing import override
 from tokenscope._core.current import current_token, standing_back
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._sql import Driver, Guard, shut_down
+from tokenscope.integrations._sql import Driver, Ends, Guard, shut_down
 from tokenscope.net.connect import connect as connect_socket
 
 with needs("pymysql", extra="pymysql"):
@@ -50,7 +50,7 @@ else:
     _Base = pymysql.connections.Connection
 
 
-class Connection(_Base):
+class Connection(Ends, _Base):
     """`pymysql.Connection` whose calls end with the current token.
 
     A blocked call raises `Cancelled`; PyMySQL's error, if there was one, is its ``__cause__``. By then the server has
@@ -133,20 +133,6 @@ class Connection(_Base):
     def ping(self, *args: Any, **options: Any) -> None:
         """As PyMySQL's."""
         self._guard.call(super().ping, *args, **options)
-
-    @override
-    def commit(self) -> None:
-        """Commit, unless the current token is cancelled.
-
-        Raises:
-            Cancelled: It is; nothing was committed.
-        """
-        self._guard.commit(super().commit)
-
-    @override
-    def rollback(self) -> None:
-        """Roll back, whether or not the current token is cancelled."""
-        self._guard.rollback(super().rollback)
 
     @override
     def autocommit(self, value: bool) -> None:

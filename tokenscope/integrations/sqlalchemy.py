@@ -9,12 +9,11 @@ compat:       sqlalchemy-2.0.0, sqlalchemy-latest, tests/integrations/test_sqlal
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from tokenscope._core.errors import Cancelled, TokenScopeError
+from tokenscope._core.errors import Cancelled
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._sql import Guard
+from tokenscope.integrations._sql import Guard, connect_of
 
 with needs("sqlalchemy", extra="sqlalchemy"):
     import sqlalchemy
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect, ExceptionContext
 
 __all__ = ["instrument", "uninstrument"]
-
-# What SQLAlchemy calls a driver, and the integration for it.
-_MODULES = {"pysqlite": "sqlite3", "psycopg": "psycopg", "psycopg2": "psycopg2", "pymysql": "pymysql"}
 
 
 def instrument(engine: sqlalchemy.Engine) -> None:
@@ -75,12 +71,8 @@ def _connect_of(dialect: Dialect) -> Callable[..., Any]:
     Raises:
         TokenScopeError: There is none for this driver.
     """
-    module = _MODULES.get(dialect.driver)
-    if module is None:
-        raise TokenScopeError(f"tokenscope cannot cancel queries of SQLAlchemy's driver {dialect.driver!r}")
-    # Only the driver in use need be installed.
-    connect: Callable[..., Any] = importlib.import_module(f"tokenscope.integrations.{module}").connect
-    return connect
+    driver = "sqlite3" if dialect.driver == "pysqlite" else dialect.driver
+    return connect_of(driver, "SQLAlchemy's driver")
 
 
 def _keep_if_in_order(context: ExceptionContext) -> None:

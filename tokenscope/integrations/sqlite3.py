@@ -10,7 +10,6 @@ compat:       tests/integrations/test_sqlite3.py
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sqlite3
 import sys
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenscope._core._typing import override
 from tokenscope._core.current import current_token
-from tokenscope.integrations._sql import END, Driver, Guard, next_or_end
+from tokenscope.integrations._sql import END, Driver, Guard, in_front_of, next_or_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -253,7 +252,6 @@ class Cursor(sqlite3.Cursor):
         return row
 
 
-@functools.cache
 def _cancellable(factory: Any) -> Any:
     """The cursor class with the guard in front.
 
@@ -262,9 +260,7 @@ def _cancellable(factory: Any) -> Any:
     """
     if not (isinstance(factory, type) and issubclass(factory, sqlite3.Cursor)):
         raise TypeError(f"factory must be a class of sqlite3 cursors, not {factory!r}")
-    if issubclass(factory, Cursor):
-        return factory
-    return type(factory.__name__, (Cursor, factory), {"__doc__": factory.__doc__, "__module__": __name__})
+    return in_front_of(factory, Cursor)
 
 
 class _Rows:

@@ -224,20 +224,22 @@ class _Wait:
     def _register(self) -> None:
         for token in self._tokens():
             tokens.attach(token, self._bell)
-        for at, thing in enumerate(self._things):
-            if isinstance(thing, Task):
-                thing._watchers.append(self._bell)  # noqa: SLF001
-            elif at not in self._sockets and not isinstance(thing, CancellationToken):
-                thing._watch(self._bell)  # noqa: SLF001
+        for thing in self._watched():
+            thing._watchers.append(self._bell)  # noqa: SLF001
 
     def _unregister(self) -> None:
         for token in self._tokens():
             tokens.detach(token, self._bell)
-        for at, thing in enumerate(self._things):
-            if isinstance(thing, Task):
-                _primitives.discard(thing._watchers, self._bell)  # noqa: SLF001
-            elif at not in self._sockets and not isinstance(thing, CancellationToken):
-                thing._unwatch(self._bell)  # noqa: SLF001
+        for thing in self._watched():
+            _primitives.discard(thing._watchers, self._bell)  # noqa: SLF001
+
+    def _watched(self) -> list[Any]:
+        """The tasks and primitives: each has a list of those to wake."""
+        return [
+            thing
+            for at, thing in enumerate(self._things)
+            if at not in self._sockets and not isinstance(thing, CancellationToken)
+        ]
 
 
 def _has_decrypted(sock: Any) -> bool:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tokenscope._core.token import CancellationToken
-    from tokenscope._core.tree import Wakeup
 
 __all__ = ["Barrier", "Condition", "Event"]
 
@@ -162,6 +161,7 @@ class Event:
     def __init__(self) -> None:
         self._flag = False
         self._line = Line()
+        self._watchers = self._line.watchers  # for `tokenscope.wait_any`
         self._desk = Desk(self._line)
 
     def __repr__(self) -> str:
@@ -204,16 +204,8 @@ class Event:
         listened, end = waiting_token(token), end_of(timeout)
         return self._desk.obtain(self._line, self._free, _took, _gave, listened, end) is not NOTHING
 
-    # For `tokenscope.wait_any`.
-
     def _is_ready(self) -> bool:
         return self._flag
-
-    def _watch(self, watcher: Wakeup) -> None:
-        self._line.watchers.append(watcher)
-
-    def _unwatch(self, watcher: Wakeup) -> None:
-        _primitives.discard(self._line.watchers, watcher)
 
 
 def _took() -> bool:

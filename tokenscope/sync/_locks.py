@@ -42,21 +42,38 @@ class _Permits:
     def _take_now(self) -> bool:
         return self._desk.attempt(self._line, self._free, self._claim, self._give) is not NOTHING
 
-    def _is_taken(self) -> bool:
-        """Whether nothing is left to take: also if all that is left is promised to somebody who waits."""
+    def acquire(self) -> bool:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class _Mutex(_Permits):
+    """What the two locks have in common: one permit."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def locked(self) -> bool:
+        """Whether it is taken (or promised to a thread that waits)."""
         return self._value <= len(self._line.granted)
 
 
-class Lock(_Permits):
+class Lock(_Mutex):
     """`threading.Lock`, in which a cancel ends the wait. Fair: first come, first served.
 
     Thread-safe. ``with lock:`` is a checkpoint; a `Cancelled` raised there leaves the lock as it was. `release` may be
     called by signal handlers and finalizers; acquiring there is refused if it would wait for the thread's own step.
     """
 
-    def __init__(self) -> None:
-        super().__init__(1)
-
+    @override
     def acquire(
         self, blocking: bool = True, timeout: float | None = -1, *, token: CancellationToken | None = None
     ) -> bool:
@@ -74,6 +91,7 @@ class Lock(_Permits):
         end = _end_of_acquire(blocking, timeout)
         return self._take(waiting_token(token), end) if blocking else self._take_now()
 
+    @override
     def release(self) -> None:
         """Let the lock go; the thread that has waited longest gets it. Any thread may do that. Never blocks.
 
@@ -87,16 +105,6 @@ class Lock(_Permits):
         if self._value:
             raise RuntimeError("release unlocked lock")
         super()._give_locked(count)
-
-    def locked(self) -> bool:
-        """Whether it is taken (or promised to a thread that waits)."""
-        return self._is_taken()
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
     def __repr__(self) -> str:
         return f"<{'locked' if self.locked() else 'unlocked'} tokenscope.sync.Lock object at {id(self):#x}>"
@@ -114,14 +122,15 @@ class Lock(_Permits):
         self._take(NEVER, None)
 
 
-class RLock(_Permits):
+class RLock(_Mutex):
     """`threading.RLock`, in which a cancel ends the wait. Fair: first come, first served. As `Lock` in all else."""
 
     def __init__(self) -> None:
-        super().__init__(1)
+        super().__init__()
         self._owner: int | None = None  # the thread; under the desk's lock, and only its own thread finds itself here
         self._count = 0  # of the owner's
 
+    @override
     def acquire(
         self, blocking: bool = True, timeout: float | None = -1, *, token: CancellationToken | None = None
     ) -> bool:
@@ -139,6 +148,7 @@ class RLock(_Permits):
         me = _primitives.get_ident()
         self._owner, self._count, self._value = me, 1, 0; return True  # fmt: skip  # one line, as above
 
+    @override
     def release(self) -> None:
         """Let the lock go once.
 
@@ -155,18 +165,7 @@ class RLock(_Permits):
     @override
     def _give_locked(self, count: int) -> None:
         self._owner, self._count = None, 0
-        self._value += count
-        self._line.serve_locked(self._value)
-
-    def locked(self) -> bool:
-        """Whether it is taken (or promised to a thread that waits)."""
-        return self._is_taken()
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+        super()._give_locked(count)
 
     def __repr__(self) -> str:
         state = "locked" if self.locked() else "unlocked"
@@ -205,6 +204,7 @@ class Semaphore(_Permits):
             raise ValueError(f"semaphore initial value must be >= 0, not {value!r}")
         super().__init__(value)
 
+    @override
     def acquire(
         self, blocking: bool = True, timeout: float | None = None, *, token: CancellationToken | None = None
     ) -> bool:
@@ -225,6 +225,7 @@ class Semaphore(_Permits):
             return self._take_now()
         return self._take(waiting_token(token), end_of(timeout))
 
+    @override
     def release(self, n: int = 1) -> None:
         """Give back ``n`` permits; those who have waited longest get them. Never blocks.
 
@@ -234,12 +235,6 @@ class Semaphore(_Permits):
         if n < 1:
             raise ValueError(f"n must be one or more, not {n!r}")
         self._give(n)
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
     def __repr__(self) -> str:
         return f"<tokenscope.sync.{type(self).__name__} at {id(self):#x}: value={self._value}>"

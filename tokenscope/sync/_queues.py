@@ -7,13 +7,11 @@ import queue
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tokenscope._core import _primitives
 from tokenscope._core._typing import override
 from tokenscope.sync._line import NOTHING, Desk, Line, end_of, waiting_token
 
 if TYPE_CHECKING:
     from tokenscope._core.token import CancellationToken
-    from tokenscope._core.tree import Wakeup
 
 __all__ = ["LifoQueue", "PriorityQueue", "Queue", "ShutDown", "SimpleQueue"]
 
@@ -50,6 +48,7 @@ class Queue(queue.Queue[T]):
         self.unfinished_tasks = 0
         self.is_shutdown = False
         self._getters, self._putters, self._joiners = Line(), Line(), Line()
+        self._watchers = self._getters.watchers  # for `tokenscope.wait_any`
         self._desk = Desk(self._getters, self._putters, self._joiners)
         self._init(maxsize)
 
@@ -202,16 +201,8 @@ class Queue(queue.Queue[T]):
         """Whether there is no place now."""
         return 0 < self.maxsize <= self.qsize()
 
-    # For `tokenscope.wait_any`.
-
     def _is_ready(self) -> bool:
         return self._items() > len(self._getters.granted)
-
-    def _watch(self, watcher: Wakeup) -> None:
-        self._getters.watchers.append(watcher)
-
-    def _unwatch(self, watcher: Wakeup) -> None:
-        _primitives.discard(self._getters.watchers, watcher)
 
 
 class LifoQueue(Queue[T], queue.LifoQueue[T]):
@@ -232,6 +223,7 @@ class SimpleQueue(Generic[T]):
     def __init__(self) -> None:
         self._items: deque[T] = deque()  # added to without the lock, taken from under it
         self._line = Line()
+        self._watchers = self._line.watchers  # for `tokenscope.wait_any`
         self._desk = Desk(self._line)
 
     def put(self, item: T, block: bool = True, timeout: float | None = None) -> None:  # noqa: ARG002 - as the original
@@ -272,16 +264,8 @@ class SimpleQueue(Generic[T]):
         """Whether there are none now."""
         return not self._items
 
-    # For `tokenscope.wait_any`.
-
     def _is_ready(self) -> bool:
         return len(self._items) > len(self._line.granted)
-
-    def _watch(self, watcher: Wakeup) -> None:
-        self._line.watchers.append(watcher)
-
-    def _unwatch(self, watcher: Wakeup) -> None:
-        _primitives.discard(self._line.watchers, watcher)
 
 
 def _keep() -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenscope
 from compat.app import versions
-from compat.scenario import PROMPT, Step
+from compat.scenario import PROMPT, Step, Steps
 from compat.stage import PATIENCE
 
 if TYPE_CHECKING:
@@ -35,17 +35,8 @@ ROUNDS = 5
 #: How many requests take turns on one connection.
 TURNS = 200
 
-STEPS: list[Step] = []
-
-
-def step(name: str, claim: str) -> Callable[[Callable[[Any], float | None]], Callable[[Any], float | None]]:
-    """Make a method the next step of the story. It returns seconds, if there is something to measure."""
-
-    def add(tell: Callable[[Any], float | None]) -> Callable[[Any], float | None]:
-        STEPS.append(Step(len(STEPS) + 1, name, claim, tell))
-        return tell
-
-    return add
+STEPS = Steps()
+step = STEPS.step
 
 
 class Request(threading.Thread):

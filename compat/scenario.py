@@ -51,20 +51,24 @@ class Step:
     number: int
     name: str
     claim: str
-    tell: Callable[[Story], float | None]
+    tell: Callable[[Any], float | None]
 
 
-STEPS: list[Step] = []
+class Steps(list[Step]):
+    """The steps of one story, in order."""
+
+    def step(self, name: str, claim: str) -> Callable[[Callable[[Any], float | None]], Callable[[Any], float | None]]:
+        """Make a method the next step of the story. It returns seconds, if there is something to measure."""
+
+        def add(tell: Callable[[Any], float | None]) -> Callable[[Any], float | None]:
+            self.append(Step(len(self) + 1, name, claim, tell))
+            return tell
+
+        return add
 
 
-def step(name: str, claim: str) -> Callable[[Callable[[Story], float | None]], Callable[[Story], float | None]]:
-    """Make a method the next step of the story. It returns seconds, if there is something to measure."""
-
-    def add(tell: Callable[[Story], float | None]) -> Callable[[Story], float | None]:
-        STEPS.append(Step(len(STEPS) + 1, name, claim, tell))
-        return tell
-
-    return add
+STEPS = Steps()
+step = STEPS.step
 
 
 @dataclass(frozen=True)

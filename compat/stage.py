@@ -18,11 +18,21 @@ from fcntl import fcntl
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 #: Seconds after which something does not happen any more. Nothing in the story waits without it.
 PATIENCE = 10.0
+
+
+def await_until(seen: Callable[[], object], complaint: str) -> float:
+    """Wait for something that nobody tells; when it was seen, monotonic."""
+    end = time.monotonic() + PATIENCE
+    while not seen():
+        assert time.monotonic() < end, complaint
+        time.sleep(0.001)
+    return time.monotonic()
+
 
 # Threads that the library parks on purpose, one of each kind but the first.
 _PARKED = r"tokenscope-(idle|timer|watch).*"

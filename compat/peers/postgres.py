@@ -11,7 +11,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-from compat.stage import PATIENCE
+from compat.stage import await_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,20 +111,13 @@ class PostgresServer:
     def await_running(self, connection: Any) -> int:
         """Wait until the server works for the connection, and return what it calls it."""
         who = self.identity(connection)
-        end = time.monotonic() + PATIENCE
-        while not self._is_running(who):
-            assert time.monotonic() < end, "the server never began"
-            time.sleep(0.001)
+        await_until(lambda: self._is_running(who), "the server never began")
         time.sleep(0.02)  # past the beginning of the statement, into what it waits for
         return who
 
     def await_idle(self, who: int) -> float:
         """Wait until the server does not work for the connection any more, and return when that was."""
-        end = time.monotonic() + PATIENCE
-        while self._is_running(who):
-            assert time.monotonic() < end, "the server goes on with the query"
-            time.sleep(0.001)
-        return time.monotonic()
+        return await_until(lambda: not self._is_running(who), "the server goes on with the query")
 
     # --- what the server is made to do ----------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import pymysql
 from pymysql.constants import CLIENT
 from pymysql.cursors import SSCursor
 
-from compat.stage import PATIENCE
+from compat.stage import await_until
 from tokenscope.integrations.pymysql import connect
 
 if TYPE_CHECKING:
@@ -101,20 +101,13 @@ class Server:
     def await_running(self, connection: Any) -> int:
         """Wait until the server works for the connection, and return what it calls it."""
         who = int(connection.thread_id())
-        end = time.monotonic() + PATIENCE
-        while not self._is_running(who):
-            assert time.monotonic() < end, "the server never began"
-            time.sleep(0.001)
+        await_until(lambda: self._is_running(who), "the server never began")
         time.sleep(0.02)  # past the beginning of the statement, into what it waits for
         return who
 
     def await_idle(self, who: int) -> float:
         """Wait until the server does not work for the connection any more, and return when that was."""
-        end = time.monotonic() + PATIENCE
-        while self._is_running(who):
-            assert time.monotonic() < end, "the server goes on with the query"
-            time.sleep(0.001)
-        return time.monotonic()
+        return await_until(lambda: not self._is_running(who), "the server goes on with the query")
 
     # --- what the server is made to do ----------------------------------------------------------------------
 

@@ -121,11 +121,12 @@ class CancellationToken:
         token._deadline = self._deadline
         token._name = name
         below = self._down
-        if below is None or tree.pid != getpid() or tree.owned():
+        if below is None or tree.pid != getpid():
             tree.run(tree.link_locked, self, token)
         else:
             # Linked first, then looked: a cancel sets the flag and descends in one locked section, so it either finds
-            # the token or has been seen here.
+            # the token or has been seen here. So it is in the middle of a section of this very thread, too: linking
+            # is one step in C, and whoever descends looks at a copy.
             with tree.lock: below.add_locked(token)
             if self._cut is not None or tree.inbox or tree.unfinished:
                 tree.run(tree.link_locked, self, token)

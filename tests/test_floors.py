@@ -33,7 +33,7 @@ FLOORS = {
     7: "combine channels watch net process sync < waiting aio",
     8: "sessions",
     9: "observe remote agents",
-    10: "integrations testing instrument",
+    10: "integrations < instrument testing",
     11: "",  # the front door, `tokenscope` itself: it names what is below and has no logic
     12: "cli < __main__",  # who uses the library as everybody does, through the front door
 }

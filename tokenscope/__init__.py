@@ -34,6 +34,7 @@ from tokenscope._core.task import Task
 from tokenscope._core.token import CancellationToken, Registration
 from tokenscope._core.workers import on_thread_release
 from tokenscope.background import BackgroundFull, BackgroundScope
+from tokenscope.instrument import InstrumentReport, UninstrumentReport, instrument, uninstrument
 from tokenscope.observe import log as _log
 from tokenscope.waiting import wait_any
 
@@ -47,6 +48,7 @@ __all__ = [
     "Cancelled",
     "CommitRefused",
     "DeadlineExceeded",
+    "InstrumentReport",
     "Registration",
     "ScopeClosed",
     "ScopeMap",
@@ -59,6 +61,7 @@ __all__ = [
     "TaskSnapshot",
     "ThreadScope",
     "TokenScopeError",
+    "UninstrumentReport",
     "__version__",
     "bind",
     "check",
@@ -66,10 +69,12 @@ __all__ = [
     "current_token",
     "defer",
     "fail_after",
+    "instrument",
     "move_on_after",
     "on_thread_release",
     "shield",
     "sleep",
+    "uninstrument",
     "use_token",
     "wait_any",
 ]

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import requests
 from peers import Attempt, Authority, FullBacklog, Peer, blocked_in, wait_until
 from peers import scripts as play
+from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from tokenscope.integrations.requests import CancellableAdapter, Session
@@ -31,19 +33,21 @@ class Bench:
     Attributes:
         authority: Certificates, or None for plain TCP.
         timeout: The ``timeout=`` of each request.
+        plain: With requests' own sessions and adapters, for whom `instrument` is on.
     """
 
     authority: Authority | None
     timeout: float | None
+    plain: bool = False
     exits: ExitStack = field(default_factory=ExitStack)
 
-    def session(self, **options: Any) -> Session:
+    def session(self, **options: Any) -> requests.Session:
         """Return a session that trusts the peers and no environment variable."""
-        session = self.exits.enter_context(Session())
+        session = self.exits.enter_context(requests.Session() if self.plain else Session())
         session.trust_env = False
         session.verify = self.authority.ca_file if self.authority else True
         if options:
-            adapter = CancellableAdapter(**options)
+            adapter = HTTPAdapter(**options) if self.plain else CancellableAdapter(**options)
             session.mount("http://", adapter)
             session.mount("https://", adapter)
         return session

@@ -269,81 +269,32 @@ def test_instrument_reaches_sessions_made_before_and_after_it(instrumented):
 
 
 def test_uninstrument_gives_everything_back():
-    """Adapters that `instrument` changed are plain again; those that were mounted by hand stay."""
+    """Requests are plain again, also those of a session that was used meanwhile; what was mounted by hand stays."""
     with Peer(play.answers()) as peer, plain_session() as touched, plain_session() as mounted:
         mount(mounted)
         instrument()
         instrument()  # idempotent
-        touched.get(peer.url())
-        mounted.get(peer.url())
-        assert is_guarded(touched.get_adapter("http://").poolmanager)
-        uninstrument()
-        uninstrument()
-        assert not is_guarded(touched.get_adapter("http://").poolmanager)
-        assert is_guarded(mounted.get_adapter("http://").poolmanager)
-        assert touched.get(peer.url()).text == "hello"
-        assert "send" in vars(HTTPAdapter)
-        assert HTTPAdapter.send.__module__ == "requests.adapters"
+        with use_token(CancellationToken()) as token:
+            touched.get(peer.url())
+            uninstrument()
+            uninstrument()
+            token.cancel("nobody listens")
+            assert touched.get(peer.url()).text == "hello"
+            with pytest.raises(Cancelled):
+                mounted.get(peer.url())
 
 
-def mocked_send():
-    """Return somebody else's patch of the same function, as mocking libraries make it."""
+def test_a_mocked_send_is_called_as_without_us(instrumented):
+    """Nothing of requests is patched: what others put in place of `HTTPAdapter.send` answers, with its arguments."""
+    assert instrumented is None
     answer = requests.Response()
     answer.status_code = 418
-    return mock.patch("requests.adapters.HTTPAdapter.send", return_value=answer)
-
-
-def test_instrument_inside_of_a_mock_calls_the_mock():
-    """What others put in place of `HTTPAdapter.send` answers on, and nothing reaches the network."""
     with Peer(play.answers()) as peer, plain_session() as session:
-        with mocked_send() as mocked:
-            instrument()
-            try:
+        with mock.patch("requests.adapters.HTTPAdapter.send", return_value=answer) as mocked:
+            with use_token(CancellationToken()):
                 assert session.get(peer.url()).status_code == 418
-                assert isinstance(mocked.call_args.args[0], requests.PreparedRequest)  # as without us: no adapter
-                with use_token(CancellationToken()) as token:
-                    token.cancel("stop")
-                    with pytest.raises(Cancelled):
-                        session.get(peer.url())
-            finally:
-                uninstrument()
-            assert HTTPAdapter.send is mocked
-            assert session.get(peer.url()).status_code == 418
+            assert isinstance(mocked.call_args.args[0], requests.PreparedRequest)
         assert peer.requests == 0
-        assert HTTPAdapter.send.__module__ == "requests.adapters"
-
-
-def test_uninstrument_inside_of_a_mock_leaves_the_mock_and_stays_off_after_it():
-    """The mock puts ours back when it ends; by then that does nothing of its own."""
-    with Peer(play.answers()) as peer:
-        instrument()
-        try:
-            with mocked_send(), plain_session() as session:
-                uninstrument()
-                assert session.get(peer.url()).status_code == 418
-                assert peer.requests == 0
-            with plain_session() as session:
-                assert session.get(peer.url()).text == "hello"
-                assert not is_guarded(session.get_adapter("http://").poolmanager)
-            instrument()  # on again, and then gone for good
-            with plain_session() as session:
-                assert session.get(peer.url()).text == "hello"
-                assert is_guarded(session.get_adapter("http://").poolmanager)
-        finally:
-            uninstrument()
-        assert HTTPAdapter.send.__module__ == "requests.adapters"
-
-
-def test_instrument_survives_a_mock_that_came_and_went_around_it():
-    """Instrumented before and inside of a mock: on after it, too, and off after one `uninstrument`."""
-    instrument()
-    try:
-        with mocked_send():
-            instrument()
-        with Peer(play.hangs_before_headers) as peer, plain_session() as session:
-            assert_cancellable(session.get, peer)
-    finally:
-        uninstrument()
     assert HTTPAdapter.send.__module__ == "requests.adapters"
 
 

@@ -6,7 +6,15 @@ import pytest
 from peers import Attempt
 from phases import PHASES, Bench
 
-from tokenscope import CancellationToken, Cancelled, DeadlineExceeded, fail_after, use_token
+from tokenscope import (
+    CancellationToken,
+    Cancelled,
+    DeadlineExceeded,
+    fail_after,
+    instrument,
+    uninstrument,
+    use_token,
+)
 
 MATRIX = [
     pytest.param(name, transport, timeout, id=f"{name}-{transport}-{timeout}")
@@ -45,8 +53,8 @@ def make_bench(certificates):
     """Return a maker of benches, each closed with all its peers when the test ends."""
     benches: list[Bench] = []
 
-    def make(transport: str, timeout: float | None) -> Bench:
-        benches.append(Bench(certificates if transport == "tls" else None, timeout))
+    def make(transport: str, timeout: float | None, *, plain: bool = False) -> Bench:
+        benches.append(Bench(certificates if transport == "tls" else None, timeout, plain))
         return benches[-1]
 
     yield make
@@ -54,10 +62,7 @@ def make_bench(certificates):
         bench.exits.close()
 
 
-@pytest.mark.parametrize(("name", "transport", "timeout"), MATRIX)
-def test_cancel_in_this_phase_raises_closes_and_never_resends(make_bench, name, transport, timeout):
-    """In each phase: Cancelled with the reason, the server sees the close, and no request is sent twice."""
-    bench = make_bench(transport, timeout)
+def cancel_in_phase(bench: Bench, name: str, transport: str) -> None:
     with PHASES[name][0](bench) as stage:
         token = CancellationToken()
         attempt = Attempt(stage.call, token)
@@ -70,6 +75,24 @@ def test_cancel_in_this_phase_raises_closes_and_never_resends(make_bench, name, 
         if stage.peer is not None:
             assert not stage.sees_close or stage.peer.closed.wait(5)
             assert stage.peer.requests == stage.requests
+
+
+@pytest.mark.parametrize(("name", "transport", "timeout"), MATRIX)
+def test_cancel_in_this_phase_raises_closes_and_never_resends(make_bench, name, transport, timeout):
+    """In each phase: Cancelled with the reason, the server sees the close, and no request is sent twice."""
+    cancel_in_phase(make_bench(transport, timeout), name, transport)
+
+
+@pytest.mark.parametrize(("name", "transport"), [case.values[:2] for case in MATRIX if case.values[2] is None])
+def test_with_instrument_a_plain_session_ends_in_this_phase(make_bench, name, transport):
+    """The same of a `requests.Session` and an `HTTPAdapter` that nobody touched."""
+    bench = make_bench(transport, None, plain=True)
+    with use_token(CancellationToken()):  # for the connection that takes the slot in one of the phases
+        instrument()
+        try:
+            cancel_in_phase(bench, name, transport)
+        finally:
+            uninstrument()
 
 
 @pytest.mark.parametrize(("name", "transport"), DEADLINE_MATRIX)

@@ -35,6 +35,7 @@ __all__ = [
     "OrphanEnded",
     "Orphaned",
     "RequestCancelled",
+    "RestoreRefused",
     "ScopeEnded",
     "ScopeOpened",
     "StragglerSeen",
@@ -224,6 +225,14 @@ class FallbackUsed(Event):
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class RestoreRefused(Event):
+    """An attribute that was instrumented was replaced by somebody else since: it is left to them, and ours is off."""
+
+    attribute: str
+    found: str
+
+
 #: What must never pass in silence; the front door has them logged.
 PROBLEMS: tuple[type[Event], ...] = (
     CallbackFailed,
@@ -239,6 +248,7 @@ PROBLEMS: tuple[type[Event], ...] = (
     HangupIgnored,
     WatchUnsupported,
     FallbackUsed,
+    RestoreRefused,
 )
 
 _room = _primitives.Room()  # for the replacement of the tuples below; readers take no lock

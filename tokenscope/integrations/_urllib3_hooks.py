@@ -11,6 +11,7 @@ from tokenscope.integrations._missing import needs
 with needs("urllib3"):
     import urllib3
     from urllib3 import connection, connectionpool, poolmanager
+    from urllib3._collections import RecentlyUsedContainer
     from urllib3.util import Retry, ssl_
     from urllib3.util import connection as util_connection
 
@@ -28,6 +29,8 @@ HOOKS: dict[Any, tuple[str, ...]] = {
     connectionpool.HTTPConnectionPool: ("ConnectionCls", "QueueCls", "_get_conn", "_put_conn", "urlopen"),
     connectionpool.HTTPSConnectionPool: ("ConnectionCls", "QueueCls", "_get_conn", "_put_conn", "urlopen"),
     poolmanager: ("pool_classes_by_scheme",),
+    poolmanager.PoolManager: ("connection_from_pool_key", "clear"),
+    RecentlyUsedContainer: ("clear",),
     Retry: ("sleep", "sleep_for_retry", "get_backoff_time", "get_retry_after", "from_int"),
     util_connection: ("allowed_gai_family",),
 }

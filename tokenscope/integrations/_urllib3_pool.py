@@ -32,6 +32,7 @@ __all__ = [
     "GuardedHTTPSConnectionPool",
     "GuardedPool",
     "guard_manager",
+    "guarded_classes",
     "is_guarded",
 ]
 
@@ -119,10 +120,18 @@ def guard_manager(manager: urllib3.PoolManager) -> None:
         TokenScopeError: The manager's connections connect in a way of their own (SOCKS), or urllib3's HTTP/2
             mode is on. Nothing was changed.
     """
-    refuse_http2()
-    classes = {scheme: _guarded_class(pool) for scheme, pool in manager.pool_classes_by_scheme.items()}
-    manager.pool_classes_by_scheme = classes
+    manager.pool_classes_by_scheme = guarded_classes(manager)
     manager.clear()
+
+
+def guarded_classes(manager: urllib3.PoolManager) -> dict[str, type[Any]]:
+    """The manager's classes of pools, each with the guards on top.
+
+    Raises:
+        TokenScopeError: As `guard_manager`.
+    """
+    refuse_http2()
+    return {scheme: _guarded_class(pool) for scheme, pool in manager.pool_classes_by_scheme.items()}
 
 
 def _guarded_class(pool: type[Any]) -> type[Any]:

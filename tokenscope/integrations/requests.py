@@ -12,16 +12,15 @@ compat:       urllib3-1.26.20, urllib3-2.0.7, urllib3-latest, each with requests
 
 from __future__ import annotations
 
-import threading
-import weakref
-from typing import TYPE_CHECKING, Any, cast
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 from tokenscope._core._typing import override
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
 from tokenscope.integrations._missing import needs
 from tokenscope.integrations._urllib3_binding import check_token, decide, under
-from tokenscope.integrations.urllib3 import guard_manager, is_guarded
+from tokenscope.integrations.urllib3 import PATCHES, guard_manager, is_guarded
 
 with needs("requests"):
     import requests
@@ -153,74 +152,17 @@ def mount(session: requests.Session) -> None:
 def instrument() -> None:
     """Make the requests of every session in this process, present and future, end with the current token.
 
-    Sessions of other libraries and ``requests.get(...)`` included. Outside any scope nothing changes.
-    Idempotent. What others put in place of ``HTTPAdapter.send`` (a mock, a recorder) is called as before.
+    Sessions of other libraries and ``requests.get(...)`` included. Outside of any scope nothing changes. It works one
+    floor below, in urllib3's managers, and so reaches all that goes through them; see
+    `tokenscope.integrations.urllib3.instrument`. Nothing of ``requests`` itself is patched: mocks and recorders work as
+    before. Idempotent, thread-safe.
     """
-    with _lock:
-        hook = _hook_in_place()
-        if hook is None:
-            hook = _Hook(vars(HTTPAdapter)["send"])
-            HTTPAdapter.send = hook.send  # type: ignore[method-assign, assignment]
-        hook.on = True
-        _hooks.add(hook)
+    PATCHES.turn_on("requests")
 
 
 def uninstrument() -> None:
-    """Undo `instrument`. Responses that are open stay cancellable until they are closed. Idempotent.
-
-    What others have put in place of ``HTTPAdapter.send`` since stays; if they put ours back one day, it does
-    nothing but call what was there before it.
-    """
-    with _lock:
-        for hook in _hooks:
-            hook.on = False
-        _hooks.clear()
-        while (ours := _hook_in_place()) is not None:
-            HTTPAdapter.send = ours.around  # type: ignore[method-assign]
-        for adapter in list(_instrumented):
-            _restore_adapter(adapter)
-        _instrumented.clear()
-
-
-class _Hook:
-    """Our ``HTTPAdapter.send``, around whatever was there.
-
-    Others patch the same name, before us and after us, and put back what they found whenever they like: so
-    each hook remembers its own neighbour, and one that cannot be taken away is switched off.
-    """
-
-    def __init__(self, around: Any) -> None:
-        self.on = False
-        self.around = around  # as it stood in the class: perhaps a function, perhaps a mock
-
-        def send(adapter: HTTPAdapter, *args: Any, **kwargs: Any) -> requests.Response:
-            inner = _bound(around, adapter)
-            if not self.on:
-                return inner(*args, **kwargs)
-            if not is_guarded(adapter.poolmanager):
-                _instrument_adapter(self, adapter)
-            return _send(inner, args, kwargs)
-
-        self.send = send
-        send.hook = self  # type: ignore[attr-defined]
-
-
-def _hook_in_place() -> _Hook | None:
-    send = vars(HTTPAdapter)["send"]
-    hook = getattr(send, "hook", None)  # a mock has every attribute, and `functools.wraps` copies ours
-    return hook if isinstance(hook, _Hook) and hook.send is send else None
-
-
-def _bound(send: Any, adapter: HTTPAdapter) -> Callable[..., requests.Response]:
-    """What ``adapter.send`` would be: a function is bound to the adapter, a mock is not."""
-    bind = getattr(type(send), "__get__", None)
-    return cast("Callable[..., requests.Response]", send if bind is None else bind(send, adapter, type(adapter)))
-
-
-_lock = threading.Lock()
-_hooks: set[_Hook] = set()  # those that are on; changed under the lock
-# Adapters that only `instrument` has changed; changed under the lock.
-_instrumented: weakref.WeakSet[HTTPAdapter] = weakref.WeakSet()
+    """Undo `instrument`. Responses that are open stay cancellable until they are closed. Idempotent, thread-safe."""
+    PATCHES.turn_off("requests")
 
 
 def _send(send: Callable[..., requests.Response], args: Any, kwargs: Any) -> requests.Response:
@@ -234,13 +176,6 @@ def _send(send: Callable[..., requests.Response], args: Any, kwargs: Any) -> req
         raise
 
 
-def _instrument_adapter(hook: _Hook, adapter: HTTPAdapter) -> None:
-    with _lock:
-        if hook.on and adapter not in _instrumented:
-            _instrumented.add(adapter)
-            _guard_adapter(adapter)
-
-
 class _GuardedProxies(dict[str, Any]):
     """The proxy managers of an adapter, each made cancellable when it is put in."""
 
@@ -252,7 +187,6 @@ class _GuardedProxies(dict[str, Any]):
 
 def _guard_mounted(adapter: BaseAdapter) -> None:
     if isinstance(adapter, HTTPAdapter):
-        _instrumented.discard(adapter)  # `uninstrument` is not to undo it
         _guard_adapter(adapter)
 
 
@@ -265,25 +199,8 @@ def _guard_adapter(adapter: HTTPAdapter) -> None:
         adapter.proxy_manager = proxies
 
 
-def _restore_adapter(adapter: HTTPAdapter) -> None:
-    for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):
-        plain = _plain_classes.pop(manager, None)
-        if plain is not None:
-            manager.pool_classes_by_scheme = plain
-            manager.clear()
-    adapter.proxy_manager = dict(adapter.proxy_manager)
-
-
-# The pool classes that a manager had before, for `uninstrument`.
-_plain_classes: weakref.WeakKeyDictionary[urllib3.PoolManager, Any] = weakref.WeakKeyDictionary()
-
-
 def _guard_if_possible(manager: urllib3.PoolManager) -> None:
     if is_guarded(manager):
         return
-    plain = manager.pool_classes_by_scheme
-    try:
+    with contextlib.suppress(TokenScopeError):  # it connects in a way of its own: it works on as if we were not there
         guard_manager(manager)
-    except TokenScopeError:
-        return  # it connects in a way of its own: it works on as if we were not there
-    _plain_classes[manager] = plain

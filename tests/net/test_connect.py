@@ -12,7 +12,7 @@ from peers import scripts as play
 
 from tokenscope import CancellationToken, Cancelled, use_token
 from tokenscope._core.token import NEVER
-from tokenscope.net import GuardedSocket, connect, resolve
+from tokenscope.net import GuardedSocket, connect_guarded, resolve
 from tokenscope.net import resolve as resolve_function
 from tokenscope.net.resolve import MAX_ABANDONED, THREAD_NAME, abandoned
 
@@ -38,7 +38,7 @@ def test_connected_socket_is_guarded_and_has_its_timeout():
     """What comes back is ready for use, and a cancel ends it."""
     with Peer(play.never_answers) as peer:
         token = CancellationToken()
-        sock, guard = connect(
+        sock, guard = connect_guarded(
             ("localhost", peer.port),
             token=token,
             timeout=7,
@@ -60,7 +60,7 @@ def test_connect_that_hangs_ends_with_the_token():
     """In SYN_SENT there is nobody who could answer."""
     with FullBacklog() as backlog:
         token = CancellationToken()
-        attempt = Attempt(lambda: connect(("127.0.0.1", backlog.port), token=token), token)
+        attempt = Attempt(lambda: connect_guarded(("127.0.0.1", backlog.port), token=token), token)
         wait_until(lambda: backlog.connecting() == 1)
         token.cancel("stop")
         assert isinstance(attempt.failure(), Cancelled)
@@ -70,10 +70,10 @@ def test_shorter_of_timeout_and_remaining_time_ends_a_connect():
     """The timeout is a TimeoutError; the token's time is a cancel."""
     with FullBacklog() as backlog:
         with pytest.raises(TimeoutError):
-            connect(("127.0.0.1", backlog.port), token=CancellationToken(timeout=30), timeout=0.02)
+            connect_guarded(("127.0.0.1", backlog.port), token=CancellationToken(timeout=30), timeout=0.02)
         token = CancellationToken(timeout=0.02)
         with use_token(token), pytest.raises(Cancelled) as caught:
-            connect(("127.0.0.1", backlog.port), token=token, timeout=30)
+            connect_guarded(("127.0.0.1", backlog.port), token=token, timeout=30)
         assert caught.value.reason.kind == "deadline"
 
 
@@ -82,22 +82,22 @@ def test_refused_connect_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(ConnectionRefusedError):
-        connect(("127.0.0.1", port), token=CancellationToken())
+        connect_guarded(("127.0.0.1", port), token=CancellationToken())
     with pytest.raises(OSError, match=r"."):
-        connect(("localhost", port), token=CancellationToken())
+        connect_guarded(("localhost", port), token=CancellationToken())
 
 
 def test_bad_socket_option_leaves_nothing_open():
     """A failure before the connect closes the socket (see the leak fixture)."""
     with pytest.raises(OSError, match=r"."):
-        connect(("127.0.0.1", 1), token=NEVER, socket_options=[(socket.SOL_SOCKET, -1, 0)])
+        connect_guarded(("127.0.0.1", 1), token=NEVER, socket_options=[(socket.SOL_SOCKET, -1, 0)])
 
 
 def test_name_without_addresses_is_an_error(monkeypatch):
     """As in the standard library."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     with pytest.raises(OSError, match="empty list"):
-        connect(("localhost", 1), token=CancellationToken())
+        connect_guarded(("localhost", 1), token=CancellationToken())
 
 
 def test_next_address_is_tried(monkeypatch):
@@ -106,7 +106,7 @@ def test_next_address_is_tried(monkeypatch):
         dead = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 1))
         live = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", peer.port))
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [dead, live])
-        sock, guard = connect(("a-name.test", peer.port), token=CancellationToken())
+        sock, guard = connect_guarded(("a-name.test", peer.port), token=CancellationToken())
         GuardedSocket(sock, guard).close()
 
 

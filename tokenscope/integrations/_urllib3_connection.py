@@ -12,7 +12,7 @@ from urllib3.util import connection as util_connection
 from tokenscope._core._typing import override
 from tokenscope._core.errors import Cancelled
 from tokenscope.integrations._urllib3_binding import Binding
-from tokenscope.net import Guard, GuardedSocket, connect
+from tokenscope.net import Guard, GuardedSocket, connect_guarded
 from tokenscope.net.handshake import close_half_made
 
 __all__ = ["GuardedConnection", "GuardedHTTPConnection", "GuardedHTTPSConnection"]
@@ -96,7 +96,7 @@ class GuardedConnection(_Base):
     def _new_conn(self) -> socket.socket:
         token, explicit = self._binding or Binding.here()
         try:
-            sock, self._guard = connect(
+            sock, self._guard = connect_guarded(
                 (self._dns_host, self.port),
                 token=token,
                 explicit=explicit,

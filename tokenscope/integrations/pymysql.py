@@ -20,7 +20,7 @@ from tokenscope._core._typing import override
 from tokenscope._core.current import current_token, standing_back
 from tokenscope.integrations._missing import needs
 from tokenscope.integrations._sql import Driver, Ends, Guard, shut_down
-from tokenscope.net.connect import connect as connect_socket
+from tokenscope.net.connect import connect_guarded
 
 with needs("pymysql", extra="pymysql"):
     import pymysql
@@ -87,7 +87,7 @@ class Connection(Ends, _Base):
         """Connect by TCP. The socket has a guard of its own as long as there is nothing to KILL."""
         source = getattr(self, "bind_address", None)
         try:
-            sock, hold = connect_socket(
+            sock, hold = connect_guarded(
                 (self.host, self.port),
                 token=token,
                 timeout=self.connect_timeout,

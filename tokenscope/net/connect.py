@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from tokenscope._core.token import CancellationToken
 
-__all__ = ["connect"]
+__all__ = ["connect_guarded"]
 
 # `poll` needs no descriptor of its own (epoll does) and takes any number (select does not).
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 _STARTED = frozenset({0, EINPROGRESS, EWOULDBLOCK})
 
 
-def connect(
+def connect_guarded(
     address: tuple[str, int],
     *,
     token: CancellationToken,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OUTSIDE = current_token()
 UPSTREAM = os.environ.get("UPSTREAM", "")
 SESSION = Session()
+HURRY = 0.1  # seconds for the view `late_stream`
 
 
 def listen(say: Any) -> None:
@@ -48,11 +49,13 @@ def make(say: Any) -> Any:
     """Build the app."""
     listen(say)
     guarded = RequestScopeMiddleware(lambda *call: route(say, *call))
+    hurried = RequestScopeMiddleware(lambda *call: route(say, *call), timeout=HURRY)
 
     def outermost(environ: dict[str, Any], start_response: Any) -> Any:
         if current_token() is not OUTSIDE:
             say("leaked", path=environ["PATH_INFO"])
-        return guarded(environ, start_response)
+        app = hurried if environ["PATH_INFO"].startswith("/late_stream/") else guarded
+        return app(environ, start_response)
 
     return outermost
 
@@ -163,6 +166,12 @@ def own_stream(_environ: Any) -> Iterator[bytes]:
     tokenscope.check()
 
 
+def late_stream(_environ: Any) -> Iterator[bytes]:
+    """Stream past the request's deadline."""
+    yield b"first"
+    tokenscope.sleep(30)
+
+
 def fail(_environ: Any) -> list[bytes]:
     """Let a child fail."""
     current_scope().spawn(lambda: 1 / 0)
@@ -224,6 +233,7 @@ VIEWS = {
     "foreign_stream": foreign_stream,
     "own": own,
     "own_stream": own_stream,
+    "late_stream": late_stream,
     "fail": fail,
     "fail_early": fail_early,
     "fail_late": fail_late,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flask
@@ -9,7 +10,7 @@ import guarded_app
 
 from tokenscope import current_token
 from tokenscope.integrations._request import current_request
-from tokenscope.integrations.flask import TokenScope
+from tokenscope.integrations.flask import TokenScope, cancellable
 
 
 def make(say: Any) -> Any:
@@ -27,6 +28,8 @@ def make(say: Any) -> Any:
         whole = isinstance(body, list)
         return flask.Response(b"".join(body) if whole else body, mimetype="text/plain")
 
+    late = cancellable(timeout=guarded_app.HURRY)(functools.partial(view, "late_stream"))
+    app.add_url_rule("/late_stream/<number>", "late_stream", late)
     for rule in ("/<name>", "/<name>/<number>"):
         app.add_url_rule(rule, rule, view, methods=["GET", "POST"])
 

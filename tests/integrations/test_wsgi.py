@@ -20,7 +20,7 @@ import tokenscope
 from tokenscope import CancellationToken, Cancelled, current_scope, current_token
 from tokenscope._core import events
 from tokenscope.integrations import _hangup
-from tokenscope.integrations.wsgi import RequestScopeMiddleware, cancellable
+from tokenscope.integrations.wsgi import RequestScopeMiddleware, StreamCut, cancellable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -610,7 +610,7 @@ def test_a_stream_is_armed_from_its_first_byte_whatever_the_method() -> None:
     assert produced == ["first"]
 
 
-def test_a_begun_stream_ends_quietly() -> None:
+def test_a_begun_stream_whose_client_left_ends_quietly() -> None:
     """A generator blocked between two chunks is woken and closed, and the server sees the end of the body."""
     closed = []
 
@@ -644,19 +644,55 @@ def test_a_stream_that_has_not_begun_is_answered() -> None:
         assert ask.told == 1
 
 
-@pytest.mark.parametrize("begun", [True, False])
-def test_the_deadline_holds_while_streaming(begun: bool) -> None:
-    """A stream that takes too long ends; before its first byte it is a 504."""
+def test_a_deadline_before_the_first_byte_of_a_stream_is_a_504() -> None:
+    """Nothing was sent yet, so the client can still be told."""
 
     def view() -> Iterator[bytes]:
-        if begun:
-            yield b"first"
         block()
+        yield b"never"
 
     with heard(events.RequestCancelled) as told, Exchange(app_of(view, timeout=0.03)) as ask:
-        assert ask.serve() == (b"first" if begun else b"")
-        assert ask.status == ("200 OK" if begun else "504 Gateway Timeout")
-    assert [event.status for event in told] == [200 if begun else 504]
+        assert ask.serve() == b""
+        assert ask.status == "504 Gateway Timeout"
+    assert [event.status for event in told] == [504]
+
+
+@pytest.mark.parametrize("kind", ["deadline", "shutdown", "stopped"])
+def test_a_begun_stream_that_is_cut_does_not_look_whole(kind: str) -> None:
+    """The server is told an error where a bare end would have it write the end mark."""
+    closed = []
+
+    def view() -> Iterator[bytes]:
+        try:
+            yield b"first"
+            if kind != "deadline":
+                current_scope().cancel(kind=kind)
+            block()
+        finally:
+            closed.append(True)
+
+    with heard(events.RequestCancelled) as told, Exchange(app_of(view, timeout=0.03)) as ask:
+        steps = iter(ask.call().body)
+        assert next(steps) == b"first"
+        with pytest.raises(StreamCut, match=kind) as caught:
+            next(steps)
+        assert closed == [True]
+        assert list(steps) == []
+    assert [(event.status, event.report.reason) for event in told] == [(200, caught.value.reason)]
+
+
+@pytest.mark.parametrize(("method", "length"), [("GET", "5"), ("HEAD", None)])
+def test_a_response_that_is_whole_is_not_torn(method: str, length: str | None) -> None:
+    """All that was announced has been sent, or nobody wants a body: what is cut after that does not show."""
+
+    def app(_environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [*TEXT, *([("Content-Length", length)] if length else [])])
+        yield b"first"
+        current_scope().cancel(kind="shutdown")
+        block()
+
+    with Exchange(RequestScopeMiddleware(app), method) as ask:
+        assert ask.serve() == b"first"
 
 
 def test_a_response_begun_by_write_is_logged_with_the_status_that_went_out() -> None:
@@ -693,14 +729,15 @@ def test_a_dropped_stream_is_logged_with_the_status_that_went_out() -> None:
 
 
 def test_a_foreign_cancel_in_a_stream_stops_there() -> None:
-    """It ends the body quietly, and the event tells."""
+    """The server is told an error of the usual kind, and the event names the origin."""
 
     def view() -> Iterator[bytes]:
         yield b"first"
         foreign()
 
-    with heard(events.ForeignCancel) as told, Exchange(app_of(view)) as ask:
-        assert ask.serve() == b"first"
+    with heard(events.ForeignCancel) as told, Exchange(app_of(view)) as ask, pytest.raises(StreamCut) as caught:
+        ask.serve()
+    assert caught.value.reason is None
     assert [event.origin for event in told] == ["elsewhere"]
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import requests
 from peers import Peer
 from peers.server import Gone
 from servers import KINDS, PATIENCE, THREADED, serve
@@ -197,13 +198,27 @@ def test_no_cancel_harms_the_worker(server: Server, name: str, status: int) -> N
     assert held(server)["pid"] == pid
 
 
-@pytest.mark.parametrize("name", ["foreign_stream", "own_stream"])
-def test_a_cancel_in_a_stream_ends_it_quietly(server: Server, name: str) -> None:
-    """Whatever was sent arrives, the connection is not torn, and the worker lives."""
+@pytest.mark.parametrize("name", ["late_stream", "own_stream", "foreign_stream"])
+def test_a_begun_stream_that_is_cut_does_not_look_whole(server: Server, name: str) -> None:
+    """A deadline, a shutdown, a foreign cancel: what was sent arrives, the end mark does not, the worker lives."""
     pid = held(server)["pid"]
     answer = server.ask(f"/{name}/1")
-    assert (answer.status, answer.body, answer.complete) == (200, b"first", True)
+    assert (answer.status, answer.body) == (200, b"first")
+    assert answer.complete == ("transfer-encoding" not in answer.headers)  # without it the end has no mark
     assert held(server)["pid"] == pid
+
+
+def test_a_user_of_requests_sees_that_the_stream_was_cut(server: Server) -> None:
+    """It raises, on a connection that is otherwise kept alive, and the session's next request is fine."""
+    host, port = server.address
+    with requests.Session() as session:
+        answer = session.get(f"http://{host}:{port}/late_stream/1", stream=True, timeout=PATIENCE)
+        if "transfer-encoding" not in answer.headers:
+            answer.close()
+            pytest.skip("this server answers without chunks: the end has no mark")
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            _ = answer.content
+        assert session.get(f"http://{host}:{port}/streamed/1", timeout=PATIENCE).content == ANSWER
 
 
 @pytest.mark.parametrize(("name", "status", "body"), [("fail_early", 500, b""), ("fail_late", 200, b"first")])

@@ -3,6 +3,7 @@
 The law: no ``Cancelled``, and no group of nothing but ``Cancelled``, ever leaves a host's boundary; as a
 BaseException it would end a whole worker process in some servers. A cancel of the request's own becomes a
 status, a foreign one becomes a 500 and an event that names its origin. Everything else passes unchanged.
+Where a status comes too late, because the response has begun, it becomes a `StreamCut`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokenscope._core import events
-from tokenscope._core.errors import Cancelled, DeadlineExceeded
+from tokenscope._core.errors import Cancelled, DeadlineExceeded, TokenScopeError
 from tokenscope._core.reasons import CancelKind
 
 if TYPE_CHECKING:
@@ -19,7 +20,22 @@ if TYPE_CHECKING:
 
     from tokenscope._core.reasons import CancelReason
 
-__all__ = ["CLIENT_CLOSED", "Answer", "answer_for", "judge", "only_cancels", "only_error"]
+__all__ = ["CLIENT_CLOSED", "Answer", "StreamCut", "answer_for", "judge", "only_cancels", "only_error"]
+
+
+class StreamCut(TokenScopeError):
+    """A response that had begun was cut by a cancel. Raised to the server, so that the response does not look whole.
+
+    Attributes:
+        reason: Why the request was cancelled; None if it was not (a ``Cancelled`` of somebody else's came out).
+    """
+
+    def __init__(self, message: str, reason: CancelReason | None = None) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} ({self.reason})" if self.reason else str(self.args[0])
 
 
 @dataclass(frozen=True, slots=True)

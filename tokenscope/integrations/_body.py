@@ -3,9 +3,11 @@
 States: *waiting* for the first chunk -> *begun* -> *drained* or *failed* or *given up* -> *ended* (scope
     left).
 
-A begun stream cannot be answered differently any more: it ends quietly, and the log tells. What has not begun
-is answered with the status of its cancel. The client may go as soon as the last byte was handed over
-(``Content-Length`` reached, or the iterator drained), so the watch ends there: that is no hang-up.
+What has not begun is answered with the status of its cancel. A begun stream cannot be answered differently any
+more. If its client has gone it ends quietly; if not, it must not look whole: an iterator that just stops has
+the server write the end mark, so the server is told a `StreamCut`, and tears the connection as it does for
+any error of the app's. The client may go as soon as the last byte was handed over (``Content-Length``
+reached, or the iterator drained), so the watch ends there: that is no hang-up.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenscope._core.current import check
-from tokenscope.integrations._answers import only_cancels
+from tokenscope._core.reasons import CancelKind
+from tokenscope.integrations._answers import StreamCut, only_cancels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -66,7 +69,11 @@ class Body:
         return self
 
     def __next__(self) -> Any:
-        """The next chunk; the end of a cancelled stream looks like any end here, and is told in the log."""
+        """The next chunk.
+
+        Raises:
+            StreamCut: The response has begun and is cut, and its client still reads.
+        """
         return self._request.run(self._next)
 
     def _next(self) -> Any:
@@ -80,8 +87,7 @@ class Body:
             self._head.send()
             raise
         except BaseException as error:
-            self._fail(error)
-            raise StopIteration from None
+            raise self._failed(error) from None
         self._deliver(chunk)
         return chunk
 
@@ -99,11 +105,18 @@ class Body:
         self._drained = True
         self._request.hangup.end()
 
-    def _fail(self, error: BaseException) -> None:
-        """The app's body raised: the request ends here, and its own cancel goes no further."""
+    def _failed(self, error: BaseException) -> Exception:
+        """The app's body raised: the request ends here, and a cancel goes no further. What the server is told."""
+        begun = self._head.begun
         answer = self._end(error)
-        if answer is not None and not self._begun:
+        if answer is not None and not begun:
             self._head.replace(answer)
+            return StopIteration()
+        reason = self._request.cancel_reason
+        unread = reason is not None and reason.kind is CancelKind.CLIENT_DISCONNECTED
+        if unread or self._drained or self._request.bodiless:
+            return StopIteration()
+        return StreamCut(f"the response of {self._request.endpoint!r} was cut off after it had begun", reason)
 
     def close(self) -> None:
         """End the request: the app's body is closed, the children are joined. Idempotent."""

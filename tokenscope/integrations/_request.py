@@ -259,14 +259,19 @@ class Request:
     def _own_reasons(self) -> list[CancelReason]:
         return [scope.token.reason for scope in self._scopes() if scope.token.reason is not None]
 
+    @property
+    def cancel_reason(self) -> CancelReason | None:
+        """Why the request was cancelled, if it was."""
+        return next((reason for reason in self._own_reasons() if reason.kind not in _HOUSEKEEPING), None)
+
     def tell(self, status: int) -> None:
         """Say once how the request ended, if there is something to say. ``status`` is what was sent."""
         self.hangup.complain(self.endpoint, _REMEDY)
         if not self._parts and not self.scope.token.cancelled:
             return
-        reasons = [reason for reason in self._own_reasons() if reason.kind not in _HOUSEKEEPING]
-        if reasons and events.wants(events.RequestCancelled):
-            events.emit(events.RequestCancelled(self.endpoint, status, self._report(reasons[0])))
+        reason = self.cancel_reason
+        if reason is not None and events.wants(events.RequestCancelled):
+            events.emit(events.RequestCancelled(self.endpoint, status, self._report(reason)))
 
     def _report(self, reason: CancelReason) -> ScopeReport:
         """One report for all scopes of the request; the app's own code counts like a child's."""

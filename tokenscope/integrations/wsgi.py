@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
+from tokenscope.integrations._answers import StreamCut
 from tokenscope.integrations._body import Body
 from tokenscope.integrations._request import SCOPE_KEY, Request, current_request
 from tokenscope.integrations._settings import Methods, Settings
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
 
-__all__ = ["SCOPE_KEY", "RequestScopeMiddleware", "cancellable"]
+__all__ = ["SCOPE_KEY", "RequestScopeMiddleware", "StreamCut", "cancellable"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,8 +42,9 @@ class RequestScopeMiddleware:
     scope in its ``close()``. Thread-safe.
 
     No `Cancelled` leaves it. The request's own becomes a bare status, 499 (client gone, stopped), 503
-    (shutdown) or 504 (deadline); a foreign one becomes a 500 and an event. A stream that has begun ends, and
-    the log tells. Every other exception goes on unchanged.
+    (shutdown) or 504 (deadline); a foreign one becomes a 500 and an event. A stream that has begun ends if its
+    client has gone; else the server is told a `StreamCut`, and tears the connection. Every other exception
+    goes on unchanged.
 
     Args:
         app: The WSGI app to guard.

@@ -75,10 +75,11 @@ class _Member(NamedTuple):
 class ProcessTree:
     """See the module's head. Made right after the start; ``pid`` must be our child and lead a session.
 
-    ``on_gone()`` is called once, with no lock held. ``name`` is for events.
+    ``on_gone()`` is called once, with no lock held. ``name`` is for events. ``driven``: its owner calls `advance`
+    whenever something happens, so no thread is needed for invariant 2.
     """
 
-    def __init__(self, pid: int, name: str, on_gone: Callable[[], object]) -> None:
+    def __init__(self, pid: int, name: str, on_gone: Callable[[], object], *, driven: bool = False) -> None:
         self.pid = pid
         self.returncode: int | None = None
         self.cut = False  # it was still running when a cancel ended it
@@ -91,6 +92,7 @@ class ProcessTree:
         self._members: dict[int, _Member] = {}
         self._left: str | None = None  # who survived the KILL
         self._on_gone = [on_gone]
+        self._driven = driven
         self._watch = watch_exit(pid)
 
     # --- asking -------------------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ class ProcessTree:
         with self._lock: self._advance_locked()  # fmt: skip
         if self._stage is Stage.GONE:
             self._tell_gone()
-        elif before is Stage.RUNNING and self._stage is Stage.LINGERING:
+        elif before is Stage.RUNNING and self._stage is Stage.LINGERING and not self._driven:
             self._drive_elsewhere()
 
     def _disown(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import multiprocessing
 import statistics
 import threading
 import time
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import tokenscope
 from bench._peers import Peers
-from bench._rounds import in_turn
+from bench._rounds import in_turn, per_loop
 from bench._table import Bar, Contest, Row, Size
-from tokenscope import CancellationToken, ThreadScope
+from tokenscope import CancellationToken, ThreadScope, process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -194,6 +195,29 @@ def _milliseconds_since(start: float) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+@contextlib.contextmanager
+def offloaded(size: Size) -> Iterator[Contest]:
+    """A call of a function that does nothing, in another process that is warm, milliseconds."""
+    count = size.of(200, 5)
+    context = multiprocessing.get_context("forkserver")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        pool.submit(nothing).result()
+        process.offload(nothing)
+
+        def ours(turns: int) -> None:
+            for _ in range(turns):
+                process.offload(nothing)
+
+        def executor(turns: int) -> None:
+            for _ in range(turns):
+                pool.submit(nothing).result()
+
+        milliseconds = 1e3
+        yield Contest(
+            in_turn(ours=per_loop(ours, count, milliseconds), executor=per_loop(executor, count, milliseconds))
+        )
+
+
 ROWS = (
     Row("spawn", "spawn and join 1,000 trivial tasks", "ms", Bar("<=", 0.8), spawn, peer="executor"),
     Row("failing-child", "one fails, 10 sleep: the scope raises, p50", "ms", Bar("<=", 2, "ms"), failing),
@@ -206,4 +230,5 @@ ROWS = (
         slow_callback,
         also=("cancelscope",),
     ),
+    Row("offload", "a warm call in another process", "ms", Bar("<", 5, "ms"), offloaded, also=("executor",)),
 )

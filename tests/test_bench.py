@@ -22,6 +22,7 @@ CORE = {
     "failing-child",
     "sleepers",
     "slow-callback",
+    "offload",
 }
 ABOUT = {"tokenscope", "python", "machine", "cpus", "load", "at", "rounds", "quick"}
 ROW = {"name", "what", "unit", "peer_name", "ours", "peer", "ratio", "bar", "met", "also", "note", "rounds"}

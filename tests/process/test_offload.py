@@ -312,6 +312,17 @@ def test_a_killed_fork_server_takes_its_workers_along_and_is_replaced(tmp_path):
     assert server not in children()
 
 
+def test_a_killed_fork_server_is_replaced_once_for_all_who_notice(tmp_path):
+    """Several threads that find it dead agree on one new server: nobody ends the workers of another."""
+    offload(jobs.here)
+    (server,) = children()
+    os.kill(server, signal.SIGKILL)
+    until(lambda: not is_living(server) and not _pool.pool()._idle[0].is_there())
+    calls = [Call(jobs.meet, tmp_path, 4) for _ in range(4)]
+    assert len({call.outcome() for call in calls}) == 4
+    assert len(children()) == 1
+
+
 def test_what_a_function_leaves_running_ends_with_its_call():
     """A process with a thread or a child that is still there is not used again."""
     with_thread = offload(jobs.leave_a_thread)
@@ -421,11 +432,11 @@ def test_a_forked_process_has_a_pool_of_its_own(tmp_path):
 def test_where_no_fork_hooks_run_the_first_call_sees_the_fork(monkeypatch):
     """A pool of another process is not used, and its sockets are closed here."""
     theirs = _pool.Pool()
-    theirs.pid += 1
-    monkeypatch.setattr(_pool, "_here", theirs)
-    assert _pool.pool() is not theirs
+    socket_of_theirs, other = theirs._pair()
+    monkeypatch.setattr(_pool, "_pools", {os.getpid() + 1: theirs})
     assert offload(jobs.echo) == ()
-    assert not theirs._idle
+    assert list(_pool._pools) == [os.getpid()]
+    assert (socket_of_theirs.fileno(), other.fileno()) == (-1, -1)
     _pool.pool().close()  # while it is in its place
 
 
@@ -475,7 +486,7 @@ def test_a_program_without_a_guard_is_told(tmp_path):
     """
     status, out, _err = program(tmp_path, code).finish()
     assert status == 0
-    assert re.search(r"could not load __main__: RuntimeError: .*if __name__ == '__main__'", out)
+    assert re.search(r"could not make its process like .*: RuntimeError: .*if __name__ == '__main__'", out)
 
 
 def test_a_function_of_a_module_needs_no_guard(tmp_path):

@@ -9,10 +9,10 @@ it from there has it alone.
 How idle workers end when their owner is killed: the system closes its sockets; the workers read the end of file, and
 the fork server ends those that are busy.
 
-Lock order: ``_lock`` is held for starting a fork server only; no other lock is taken under it.
+Lock order: ``_lock`` is held for asking the fork server, and for starting one; no other lock is taken under it.
 
-Fork: the child closes its copies of all sockets (else its parent's workers would not see that end) and starts with
-a pool of its own. Where no fork hooks run (uWSGI) it does so at its first call.
+Fork: the child closes its copies of all sockets (else its parent's workers would not see that end) and has a pool of
+its own from its first call on. Where no fork hooks run (uWSGI) that call closes them.
 """
 
 from __future__ import annotations
@@ -35,19 +35,14 @@ from tokenscope.process import _wire
 from tokenscope.process._waiting import wait_ready
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tokenscope._core.token import CancellationToken
 
 __all__ = ["KEPT", "Pool", "Worker", "pool"]
 
 #: So many idle workers are kept.
 KEPT = 4
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def _pair() -> tuple[socket.socket, socket.socket]:
-    both = socket.socketpair()
-    _sockets.update(both)
-    return both
 
 
 class Worker:
@@ -133,10 +128,10 @@ def _checkpoint(token: CancellationToken) -> None:
 
 
 class _Server:
-    """Our fork server."""
+    """Our fork server, at the other end of ``control``."""
 
-    def __init__(self) -> None:
-        self.control, theirs = _pair()
+    def __init__(self, control: socket.socket, theirs: socket.socket) -> None:
+        self.control = control
         try:
             with theirs:
                 self.pid = _start(theirs)
@@ -144,11 +139,14 @@ class _Server:
             self.control.close()
             raise
 
-    def stop(self, options: int = 0) -> None:
-        """Have it end its workers and itself; wait for it, unless ``options`` say otherwise."""
+    def ask_for_worker(self, *ends: socket.socket) -> None:
+        socket.send_fds(self.control, [b"!"], [end.fileno() for end in ends], socket.MSG_NOSIGNAL)
+
+    def stop(self) -> None:
+        """Have it end its workers and itself, and wait for it."""
         self.control.close()
         with contextlib.suppress(ChildProcessError):  # somebody else has reaped it
-            os.waitpid(self.pid, options)
+            os.waitpid(self.pid, 0)
 
 
 def _start(control: socket.socket) -> int:
@@ -171,10 +169,10 @@ def _start(control: socket.socket) -> int:
 
 
 class Pool:
-    """The workers of this process."""
+    """The workers of one process."""
 
     def __init__(self) -> None:
-        self.pid = _primitives.getpid()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = _primitives.RLock()
         self._server: _Server | None = None
         self._idle: deque[Worker] = deque()
@@ -202,74 +200,86 @@ class Pool:
                 self._idle.popleft().end()
 
     def _new_worker(self) -> Worker:
-        job, job_there = _pair()
-        line, line_there = _pair()
+        job, job_there = self._pair()
+        line, line_there = self._pair()
         try:
-            with job_there, line_there:
-                self._ask_for_worker(job_there, line_there)
+            with job_there, line_there, self._lock: self._ask_for_worker_locked(job_there, line_there)  # fmt: skip
         except BaseException:
             job.close()
             line.close()
             raise
         return Worker(job, line)
 
-    def _ask_for_worker(self, *ends: socket.socket) -> None:
-        numbers = [end.fileno() for end in ends]
-        try:
-            socket.send_fds(self._running_server().control, [b"!"], numbers, socket.MSG_NOSIGNAL)
-        except (BrokenPipeError, ConnectionResetError):  # somebody killed it
-            self._drop_server()
-            socket.send_fds(self._running_server().control, [b"!"], numbers, socket.MSG_NOSIGNAL)
+    def _pair(self) -> tuple[socket.socket, socket.socket]:
+        both = socket.socketpair()
+        self._sockets.update(both)
+        return both
 
-    def _running_server(self) -> _Server:
-        with self._lock: return self._running_server_locked()  # fmt: skip
+    def _ask_for_worker_locked(self, *ends: socket.socket) -> None:
+        if self._server is not None:
+            try:
+                self._server.ask_for_worker(*ends)
+            except (BrokenPipeError, ConnectionResetError):  # somebody killed it
+                dead, self._server = self._server, None
+                dead.stop()
+            else:
+                return
+        self._server = _Server(*self._pair())
+        self._server.ask_for_worker(*ends)
 
-    def _running_server_locked(self) -> _Server:
-        if self._server is None:
-            self._server = _Server()
-        return self._server
-
-    def _drop_server(self) -> None:
-        server, self._server = self._server, None
-        if server is not None:
-            server.stop(os.WNOHANG)
+    def _idle_ones(self) -> Iterator[Worker]:
+        """Each idle worker, taken."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield self._idle.pop()
 
     def close(self) -> None:
         """End all idle workers and the fork server, which ends the others. The next call starts anew."""
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                self._idle.pop().end()
+        for worker in self._idle_ones():
+            worker.end()
         server, self._server = self._server, None
         if server is not None:
             server.stop()
 
     def leave(self) -> None:
         """At the end of the interpreter: nothing is waited for, and calls of daemon threads are not cut before it."""
-        while self._idle:
-            self._idle.pop().leave()
+        for worker in self._idle_ones():
+            worker.leave()
         if self._server is not None:
             self._server.control.detach()
 
+    def forget(self) -> None:
+        """In a forked process: they are not ours."""
+        for sock in tuple(self._sockets):
+            sock.close()
 
-_here = Pool()
+
+_pools: dict[int, Pool] = {}  # by process id; the first operation on it in a process settles which one is used there
 
 
 def pool() -> Pool:
     """The pool of this process."""
-    if _here.pid != _primitives.getpid():
-        _after_fork()
-    return _here
+    pid = _primitives.getpid()
+    found = _pools.get(pid)
+    if found is None:
+        found = _pools.setdefault(pid, Pool())
+        _forget_but(pid)
+    return found
+
+
+def _forget_but(pid: int | None) -> None:
+    for other in tuple(_pools):
+        if other != pid and (theirs := _pools.pop(other, None)) is not None:
+            theirs.forget()
 
 
 def _after_fork() -> None:
-    global _here
-    for sock in tuple(_sockets):
-        sock.close()
-    _here = Pool()
+    _forget_but(None)
 
 
 def _leave() -> None:
-    _here.leave()
+    if (ours := _pools.get(_primitives.getpid())) is not None:
+        ours.leave()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -55,7 +55,9 @@ def _answer(request: bytes) -> _wire.Answer:
         surroundings, payload = pickle.loads(request)  # noqa: S301  # from our owner
         _prepare(surroundings)
     except BaseException as error:
-        return _failed("could not load __main__", error)._replace(spent=True)
+        return _failed("could not make its process like the caller's (__main__, sys.path, folder)", error)._replace(
+            spent=True
+        )
     try:
         fn, args = pickle.loads(payload)  # noqa: S301  # as above
     except BaseException as error:

@@ -165,6 +165,20 @@ def test_a_failing_task_is_told_and_stops_nobody(heard, caplog):
     assert "writer" in caplog.text
 
 
+def test_a_cleanup_that_fails_in_the_background_is_logged_once(heard, caplog):
+    """It is told when it raises; that the task has therefore failed is no second error in the log."""
+
+    def work():
+        defer(int, "no number")
+
+    with BackgroundScope(name="audit") as scope:
+        task = scope.spawn(work)
+        assert isinstance(task.exception(timeout=WAIT), ValueError)
+    (record,) = caplog.records
+    assert "CleanupFailed" in record.message
+    assert heard.empty()
+
+
 def test_close_waits_for_all_work_and_takes_no_more():
     """Queued and running work is done when close() returns True; later spawns are refused."""
     background = BackgroundScope(max_threads=1)

@@ -94,7 +94,7 @@ class BackgroundScope:
         return Task(self._crew, fn, args, kwargs, name, kind)
 
     def _tell_failure(self, task: Task[Any], error: BaseException) -> None:
-        events.emit(events.TaskFailed(self.name, task.name, error))
+        task.tell_failure(self.name, error)
         self._crew.failures.clear()  # told; a scope that never ends must not collect
 
     def close(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import pytest
@@ -19,7 +20,7 @@ from tokenscope import (
     sleep,
 )
 from tokenscope._core import events
-from tokenscope._core.outcome import Ending, Failure, decide
+from tokenscope._core.outcome import Ending, Failure, decide, one_line
 
 INTERRUPTS = [KeyboardInterrupt, SystemExit, GeneratorExit]
 
@@ -53,7 +54,7 @@ def test_an_interrupt_beats_everything(kind, own):
     verdict = decide(ending)
     assert verdict.word == "interrupted"
     assert verdict.error is interrupt
-    assert "task a: ValueError('a')" in notes_of(interrupt)[0]
+    assert "task a: ValueError: a" in notes_of(interrupt)[0]
 
 
 def test_an_interrupt_of_the_join_beats_the_failure_of_the_body():
@@ -61,7 +62,7 @@ def test_an_interrupt_of_the_join_beats_the_failure_of_the_body():
     ending = Ending("s", body=ValueError("body"), interrupt=KeyboardInterrupt())
     verdict = decide(ending)
     assert verdict.error is ending.interrupt
-    assert "body: ValueError('body')" in notes_of(verdict.error)[0]
+    assert "body: ValueError: body" in notes_of(verdict.error)[0]
 
 
 @pytest.mark.parametrize("late", [True, False])
@@ -151,7 +152,7 @@ def test_the_own_deadline_beats_what_failed_after_it():
     assert verdict.word == "deadline"
     assert isinstance(verdict.error, DeadlineExceeded)
     assert verdict.error.reason is cut.reason
-    assert "ValueError('late')" in notes_of(verdict.error)[0]
+    assert "ValueError: late" in notes_of(verdict.error)[0]
 
 
 def test_what_failed_before_the_own_deadline_beats_it():
@@ -213,7 +214,7 @@ def test_failures_beside_an_interrupt_become_notes_and_stay_in_the_report():
             scope.spawn(fail_when_cancelled, started, error, name="child")
             assert started.wait(WAIT)
             raise KeyboardInterrupt
-    assert notes_of(caught.value) == [f"also in scope {scope.name!r}: task child: {error!r}"]
+    assert notes_of(caught.value) == [f"also in scope {scope.name!r}: task child: {one_line(error)}"]
     assert error in scope.report.errors
 
 
@@ -245,6 +246,16 @@ def test_an_interrupt_in_a_cleanup_comes_out_after_all_cleanups():
     assert ran == ["first"]
 
 
+def test_a_failure_in_a_note_says_what_it_is_and_where_it_was_raised():
+    """One line: type, message, file, line and function; what cannot be known is left out."""
+    try:
+        fail(ValueError("bad value\nand more"))
+    except ValueError as error:
+        told = one_line(error)
+    assert re.fullmatch(r"ValueError: bad value \(.*\.py:\d+ in fail\)", told)
+    assert one_line(KeyError()) == "KeyError"
+
+
 # --- rule 2 -------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +270,7 @@ def test_a_child_that_fails_while_the_parent_is_cancelled_is_a_note_on_cancelled
             sleep(WAIT)
     assert caught.value.reason is parent.reason
     assert caught.value.origin == "parent"
-    assert notes_of(caught.value) == [f"also in scope {scope.name!r}: task child: {error!r}"]
+    assert notes_of(caught.value) == [f"also in scope {scope.name!r}: task child: {one_line(error)}"]
     assert scope.report.errors == (error,)
     assert scope.report.outcome == "cancelled"
     assert scope.cancelled_caught is False
@@ -484,7 +495,7 @@ def test_a_child_that_fails_after_the_own_deadline_is_a_note():
     with pytest.raises(DeadlineExceeded) as caught:
         with ThreadScope(timeout=0.02) as scope:
             scope.spawn(fail_when_cancelled, started, error, name="child")
-    assert notes_of(caught.value) == [f"also in scope {scope.name!r}: task child: {error!r}"]
+    assert notes_of(caught.value) == [f"also in scope {scope.name!r}: task child: {one_line(error)}"]
     assert scope.report.errors == (error,)
 
 

@@ -216,7 +216,7 @@ class Crew(_primitives.Room):
 
     def _tell_failure(self, task: Task[Any], error: BaseException) -> None:
         if task in self.orphans:  # its scope has told its outcome
-            events.emit(events.TaskFailed(self.name, task.name, error))
+            task.tell_failure(self.name, error)
         else:
             self.on_failure(task, error)
 

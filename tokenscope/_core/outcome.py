@@ -13,6 +13,7 @@ Whatever is not raised is told: as a note on what is raised, and in the report.
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from tokenscope._core.token import is_cut_of
 if TYPE_CHECKING:
     from tokenscope._core.tree import Cut
 
-__all__ = ["INTERRUPTS", "Ending", "Failure", "Verdict", "decide", "foresee"]
+__all__ = ["INTERRUPTS", "Ending", "Failure", "Verdict", "decide", "foresee", "one_line"]
 
 INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
@@ -137,9 +138,20 @@ def _note_the_rest(error: BaseException, ending: Ending) -> None:
         told.update(id(inner) for inner in error.exceptions)
     for failure in ending.failures:
         if id(failure.error) not in told:
-            _add_note(error, f"also in scope {ending.name!r}: {failure.source}: {failure.error!r}")
+            _add_note(error, f"also in scope {ending.name!r}: {failure.source}: {one_line(failure.error)}")
     if ending.body is not None and id(ending.body) not in told and not is_cut_of(ending.body, ending.cut):
-        _add_note(error, f"also in scope {ending.name!r}: body: {ending.body!r}")
+        _add_note(error, f"also in scope {ending.name!r}: body: {one_line(ending.body)}")
+
+
+def one_line(error: BaseException) -> str:
+    """What it is, what it says and where it was raised: for a note, where a traceback would be too long."""
+    said = str(error).partition("\n")[0]
+    words = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:  # it was never raised, or comes from another process
+        return words
+    frame, line = frames[-1]
+    return f"{words} ({frame.f_code.co_filename}:{line} in {frame.f_code.co_qualname})"
 
 
 def _add_note(error: BaseException, note: str) -> None:

@@ -26,7 +26,7 @@ import threading
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from tokenscope._core import _primitives, ambient, clock, workers
+from tokenscope._core import _primitives, ambient, clock, events, workers
 from tokenscope._core._typing import override
 from tokenscope._core.cleanup import CleanupStack, stack_of
 from tokenscope._core.current import current_token
@@ -96,6 +96,7 @@ class Task(concurrent.futures.Future[T], Generic[T]):
     _started: float | None = None  # monotonic; written once, by that thread
     _stopped: float | None = None  # the end of its own code, before cleanups; likewise
     _end: tuple[str, Any] | None = None  # how it ended; written once, before it is published
+    _told: BaseException | None = None  # the failure, if it is nothing but cleanups', each of which was told
     _queued: Registration | None = None  # ends it at the moment of a cancel while it waits under `max_threads`
     _label: str | None = None  # what it is called among stragglers, if it ever was one; see `Crew.label`
     _counted = False  # by the crew, under its lock
@@ -311,11 +312,16 @@ class Task(concurrent.futures.Future[T], Generic[T]):
         errors = cast("CleanupStack", self._cleanups).run(outcome, self._crew.cleanup_timeout)
         if not errors:
             return end
-        if outcome is not None:
-            errors.insert(0, outcome)
-        if len(errors) == 1:
-            return FAILED, errors[0]
-        return FAILED, BaseExceptionGroup(f"task {self.name!r} and its cleanups failed", errors)
+        errors = [*([] if outcome is None else [outcome]), *errors]
+        name = f"task {self.name!r} and its cleanups failed"
+        failure = errors[0] if len(errors) == 1 else BaseExceptionGroup(name, errors)
+        self._told = failure if outcome is None else None
+        return FAILED, failure
+
+    def tell_failure(self, scope: str, error: BaseException) -> None:
+        """Emit its failure, where nobody is told by an exception. What a cleanup raised was told when it did."""
+        if error is not self._told:
+            events.emit(events.TaskFailed(scope, self.name, error))
 
     # --- ending: on whichever thread comes first; may be done twice ---------------------------------------------
 

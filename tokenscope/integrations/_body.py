@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tokenscope._core.current import check
+from tokenscope._core.outcome import one_line
 from tokenscope._core.reasons import CancelKind
 from tokenscope.integrations._answers import StreamCut, only_cancels
 
@@ -150,5 +151,5 @@ def _weightier(error: BaseException | None, later: BaseException) -> BaseExcepti
     """
     if error is None or (only_cancels(error) and not only_cancels(later)):
         return later
-    error.add_note(f"also when the body was closed: {later!r}")
+    error.add_note(f"also when the body was closed: {one_line(later)}")
     return error

@@ -732,7 +732,7 @@ def test_without_flask_the_import_says_what_to_install() -> None:
 
 @pytest.mark.parametrize("streams", [False, True], ids=["view", "stream"])
 @pytest.mark.parametrize("where", ["teardown_request", "teardown_appcontext"])
-def test_teardown_functions_are_out_of_reach_of_the_hang_up(streams: bool, where: str) -> None:
+def test_teardown_functions_are_out_of_reach_of_the_hang_up(setup: str, streams: bool, where: str) -> None:
     """They look at their token and call another service, although their request was cancelled."""
     begun: list[object] = []  # once more at the end of a stream: Flask tears down each time
     told: list[object] = []
@@ -750,7 +750,7 @@ def test_teardown_functions_are_out_of_reach_of_the_hang_up(streams: bool, where
         tokenscope.check()
         told.append(session.get(peer.url()).text)
 
-    with Peer(play.answers(b"cleaned")) as peer, Session() as session, serving("extension", view) as ask:
+    with Peer(play.answers(b"cleaned")) as peer, Session() as session, serving(setup, view) as ask:
         session.trust_env = False
         getattr(ask.app, where)(tear_down)
         now = hang_up_in_a_moment(ask)

@@ -498,10 +498,14 @@ def test_pickled_session_of_somebody_else_has_to_be_mounted_again():
             assert is_guarded(other.get_adapter("http://").poolmanager)
 
 
-def test_adapter_of_another_kind_is_taken_as_it_is():
-    """What is no `HTTPAdapter` is mounted untouched."""
+@pytest.mark.parametrize("base", [requests.adapters.BaseAdapter, HTTPAdapter])
+def test_adapter_of_another_kind_is_taken_as_it_is(base):
+    """What is no `HTTPAdapter`, or is one without pools, is mounted untouched."""
 
-    class Canned(requests.adapters.BaseAdapter):
+    class Canned(base):
+        def __init__(self) -> None:
+            """Have no pools."""
+
         def close(self) -> None:
             """Nothing is open."""
 

@@ -73,8 +73,7 @@ class TokenScope:
         app.wsgi_app = RequestScopeMiddleware(app.wsgi_app, **options)  # type: ignore[method-assign]
         dispatch = functools.partial(_dispatch, app, app.dispatch_request, settings.timeout)
         app.dispatch_request = dispatch  # type: ignore[method-assign]
-        for name in ("do_teardown_request", "do_teardown_appcontext"):
-            setattr(app, name, functools.partial(_tear_down, getattr(app, name)))
+        _shelter_teardown(app)
 
 
 @overload
@@ -108,6 +107,7 @@ def _decorate(view: Any, *, timeout: float | None) -> Any:
     @functools.wraps(view)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         app = flask.current_app
+        _shelter_teardown(app)
         call = functools.partial(app.ensure_sync(view), *args, **kwargs)
         request = current_request()
         if request is None:
@@ -131,6 +131,15 @@ def _dispatch(app: flask.Flask, dispatch: Callable[..., Any], timeout: float | N
         mounted = flask.request.environ.get("SCRIPT_NAME", "")
         request.endpoint = f"{flask.request.method} {mounted}{flask.request.url_rule}"
     return _in_part(app, request, functools.partial(dispatch, *args), timeout)
+
+
+def _shelter_teardown(app: flask.Flask) -> None:
+    """Have `_tear_down` run the teardown functions of ``app``. Idempotent, thread-safe."""
+    mark = object()
+    if app.extensions.setdefault("tokenscope.teardown", mark) is not mark:
+        return
+    for name in ("do_teardown_request", "do_teardown_appcontext"):
+        setattr(app, name, functools.partial(_tear_down, getattr(app, name)))
 
 
 def _tear_down(functions: Callable[..., None], *args: Any, **kwargs: Any) -> None:

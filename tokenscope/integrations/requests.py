@@ -95,8 +95,8 @@ class Session(requests.Session):
             session.
 
     An `HTTPAdapter` that is mounted later (with retries, pool sizes, of a class of your own) is made cancellable as
-    by `mount`, and stays so when the session is pickled or copied. An adapter that is no `HTTPAdapter` is taken as
-    it is: a cancel does not reach into its requests.
+    by `mount`, and stays so when the session is pickled or copied. An adapter that is no `HTTPAdapter`, or has no
+    ``poolmanager`` when it is mounted, is taken as it is: a cancel does not reach into its requests.
 
     Thread-safe as far as `requests.Session` is. A streaming response stays bound to the token it was opened
     under until it is closed or read to the end, whichever thread reads it.
@@ -191,6 +191,8 @@ def _guard_mounted(adapter: BaseAdapter) -> None:
 
 
 def _guard_adapter(adapter: HTTPAdapter) -> None:
+    if getattr(adapter, "poolmanager", None) is None:  # one that sends in a way of its own
+        return
     _guard_if_possible(adapter.poolmanager)
     if not isinstance(adapter.proxy_manager, _GuardedProxies):
         proxies = _GuardedProxies()

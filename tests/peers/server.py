@@ -184,8 +184,28 @@ class Exchange:
             self.peer.targets.append(target)
         request = Request(method, target, headers)
         if body:
-            request.body = self._read_body(headers)
+            request.body = self.read_body(headers)
         return request
+
+    def read_body(self, headers: dict[str, str]) -> bytes:
+        """Read the body of a request whose head was read, by length or chunks."""
+        if headers.get("transfer-encoding") != "chunked":
+            return self._exactly(int(headers.get("content-length", 0)))
+        chunks = []
+        while size := int(self._until(b"\r\n"), 16):
+            chunks.append(self._exactly(size + 2)[:-2])
+        self._exactly(2)
+        return b"".join(chunks)
+
+    def peek_line(self) -> str:
+        """Return method and target of the next request, as ``"GET /path"``; it stays to be read.
+
+        Raises:
+            Gone: The client closed the connection instead.
+        """
+        while b"\r\n" not in self._buffer:
+            self._more()
+        return self._buffer.partition(b"\r\n")[0].rpartition(b" ")[0].decode("latin-1")
 
     def peek_target(self) -> str:
         """Return the target of the next request, which stays to be read.
@@ -193,9 +213,7 @@ class Exchange:
         Raises:
             Gone: The client closed the connection instead.
         """
-        while b"\r\n" not in self._buffer:
-            self._more()
-        return self._buffer.split(b" ", 2)[1].decode("latin-1")
+        return self.peek_line().partition(" ")[2]
 
     def read_all(self) -> None:
         """Read and drop what comes, up to the end.
@@ -250,15 +268,6 @@ class Exchange:
             self._more()
         taken, self._buffer = self._buffer[:size], self._buffer[size:]
         return taken
-
-    def _read_body(self, headers: dict[str, str]) -> bytes:
-        if headers.get("transfer-encoding") != "chunked":
-            return self._exactly(int(headers.get("content-length", 0)))
-        chunks = []
-        while size := int(self._until(b"\r\n"), 16):
-            chunks.append(self._exactly(size + 2)[:-2])
-        self._exactly(2)
-        return b"".join(chunks)
 
 
 def wait_for(sock: socket.socket, events: int, bell: socket.socket, seconds: float | None = None) -> bool:

@@ -29,7 +29,7 @@ from tokenscope import (
 )
 from tokenscope._core import events
 from tokenscope._core.current import uninterruptible
-from tokenscope.process import _child, _tree, _waiting
+from tokenscope.process import _child, _pipes, _tree, _waiting
 
 PIPE = process.PIPE
 SH = {"shell": True, "stdout": PIPE, "text": True}
@@ -306,6 +306,19 @@ def test_a_daemon_that_floods_the_pipe_hangs_nobody():
             assert proc.communicate()[0].strip(b"x") == b""
         finally:
             os.kill(pid, signal.SIGKILL)
+
+
+def test_of_a_pipe_that_does_not_dry_up_so_much_is_read_and_no_more(monkeypatch):
+    """When all is over, the number of last reads is bounded: the rest stays in the pipe, which is closed."""
+    monkeypatch.setattr(_pipes, "_CHUNK", 1000)
+    monkeypatch.setattr(_pipes, "_LAST_READS", 3)
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end, "rb", buffering=0) as ours, os.fdopen(write_end, "wb", buffering=0) as strangers:
+        strangers.write(bytes(10_000))
+        talk = _pipes.Talk(None, ours, None, None)
+        talk.finish()
+        assert len(talk.so_far("stdout")) == 3000
+        assert ours.closed
 
 
 def test_a_background_job_that_holds_the_pipe_hangs_nobody(monkeypatch):

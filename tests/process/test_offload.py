@@ -290,6 +290,28 @@ def test_a_worker_that_closes_its_descriptors_hangs_nobody():
         offload(jobs.close_everything)
 
 
+def test_a_worker_that_dies_and_leaves_a_daemon_hangs_nobody(tmp_path):
+    """The daemon still holds the worker's socket open; the fork server tells of the end."""
+    with pytest.raises(OffloadError, match="exit code 3"):
+        offload(jobs.die_beside_a_daemon, tmp_path / "pid")
+    os.kill(jobs.announced(tmp_path / "pid"), signal.SIGKILL)
+
+
+def test_fork_server_and_workers_are_out_of_the_terminals_reach():
+    """Each leads a session of its own."""
+    for who in (offload(jobs.here), offload(os.getppid)):
+        assert os.getsid(who) == who
+
+
+def test_closing_the_pool_ends_calls_that_run(tmp_path):
+    """Busy workers end with their fork server, and the callers are told."""
+    call = Call(jobs.hang, tmp_path / "pid")
+    pid = jobs.announced(tmp_path / "pid")
+    _pool.pool().close()
+    assert type(call.outcome()) is OffloadError
+    assert not is_living(pid)
+
+
 def test_an_idle_worker_that_was_killed_is_not_used():
     """The system may need its memory: the next call has another one."""
     first = offload(jobs.here)

@@ -58,8 +58,6 @@ class _Kept:
     def go_on(self) -> None:
         """Do what is due."""
         self.tree.advance()
-        if self.tree.returncode is not None and not self.ending:
-            self.end()  # it ended by itself: so does what it started
         if self.tree.gone:
             _tell(self.line, _wire.Ended(self.tree.pid, self.tree.returncode))
 

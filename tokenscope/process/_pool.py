@@ -7,7 +7,7 @@ States of a worker: *busy* -> *idle* -> *busy* ... -> *ended*. It is idle while 
 it from there has it alone.
 
 How idle workers end when their owner is killed: the system closes its sockets; the workers read the end of file, and
-the fork server ends those that are busy.
+the fork server ends those that are busy. The end of the interpreter is no different: nothing is waited for.
 
 Lock order: ``_lock`` is held for asking the fork server, and for starting one; no other lock is taken under it.
 
@@ -17,7 +17,6 @@ its own from its first call on. Where no fork hooks run (uWSGI) that call closes
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import pickle
@@ -35,8 +34,6 @@ from tokenscope.process import _wire
 from tokenscope.process._waiting import wait_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tokenscope._core.token import CancellationToken
 
 __all__ = ["KEPT", "Pool", "Worker", "pool"]
@@ -115,11 +112,6 @@ class Worker:
         finally:
             self._job.close()
             self._line.close()
-
-    def leave(self) -> None:
-        """Forget it without ending it: our process is about to end, and the system closes the sockets with it."""
-        self._job.detach()
-        self._line.detach()
 
 
 def _checkpoint(token: CancellationToken) -> None:
@@ -227,26 +219,14 @@ class Pool:
         self._server = _Server(*self._pair())
         self._server.ask_for_worker(*ends)
 
-    def _idle_ones(self) -> Iterator[Worker]:
-        """Each idle worker, taken."""
-        with contextlib.suppress(IndexError):
-            while True:
-                yield self._idle.pop()
-
     def close(self) -> None:
         """End all idle workers and the fork server, which ends the others. The next call starts anew."""
-        for worker in self._idle_ones():
-            worker.end()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().end()
         server, self._server = self._server, None
         if server is not None:
             server.stop()
-
-    def leave(self) -> None:
-        """At the end of the interpreter: nothing is waited for, and calls of daemon threads are not cut before it."""
-        for worker in self._idle_ones():
-            worker.leave()
-        if self._server is not None:
-            self._server.control.detach()
 
     def forget(self) -> None:
         """In a forked process: they are not ours."""
@@ -277,10 +257,4 @@ def _after_fork() -> None:
     _forget_but(None)
 
 
-def _leave() -> None:
-    if (ours := _pools.get(_primitives.getpid())) is not None:
-        ours.leave()
-
-
 os.register_at_fork(after_in_child=_after_fork)
-atexit.register(_leave)

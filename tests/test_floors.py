@@ -30,7 +30,7 @@ FLOORS = {
     4: "_core.outcome _core.current < _core.cleanup < _core.task",
     5: "_core.crew < _core.mapping < _core.scope _core",  # `_core` itself: what the core offers
     6: "budget commit background executor",
-    7: "combine channels watch net process sync < waiting aio",
+    7: "combine channels watch process sync < waiting < net aio",
     8: "sessions",
     9: "observe remote agents",
     10: "integrations < instrument testing",

@@ -1,7 +1,7 @@
 """Waiting for the first of several things, without asking again and again.
 
 Each thing tells one wake-up that belongs to this call. Without sockets that is a plain waiter; with sockets it is a
-`_Bell`, a descriptor in the same ``poll`` as they are.
+`Bell`, a descriptor in the same ``poll`` as they are.
 
 Invariant: registered first, then looked, and looked again after each wake-up. So a wake-up may be early or superfluous,
 and is never the only sign of anything; what is ready is decided by looking alone.
@@ -9,7 +9,8 @@ and is never the only sign of anything; what is ready is decided by looking alon
 
 from __future__ import annotations
 
-import selectors
+import math
+import select
 import socket
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,12 +22,10 @@ from tokenscope.sync import Event, Queue, SimpleQueue
 from tokenscope.sync._line import time_left, waiting_token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
-__all__ = ["wait_any"]
+__all__ = ["Bell", "has_decrypted", "wait_any"]
 
-# `poll` needs no descriptor of its own (epoll does) and takes any number (select does not).
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 #: The longest that one ``poll`` is asked to take, in seconds: it counts milliseconds in a C int.
 _LONGEST_POLL = 86_400.0
 
@@ -56,7 +55,7 @@ def wait_any(*things: Any, timeout: float | None = None, token: CancellationToke
     listened, end = waiting_token(token), clock.deadline_after(clock.validate_timeout(timeout))
     sockets = _filenos(things)
     listened.check()
-    with _Bell(sockets.values()) if sockets else _Doorman() as bell:
+    with Bell(dict.fromkeys(sockets.values(), select.POLLIN)) if sockets else _Doorman() as bell:
         return _Wait(things, sockets, listened, bell).until(end)
 
 
@@ -98,36 +97,37 @@ class _Doorman(_primitives.Waiter):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def pause(self, seconds: float | None) -> set[int]:
+    def pause(self, seconds: float | None) -> dict[int, int]:
         """Block until woken; no descriptor is ever ready."""
         self.wait(seconds)
-        return set()
+        return {}
 
 
-class _Bell:
-    """A wake-up that ``poll`` hears, together with other descriptors.
+class Bell:
+    """A wake-up that ``poll`` hears, together with other descriptors: those in ``wanted``, each with its events.
+
+    ``poll`` needs no descriptor of its own (epoll does) and takes any number (select does not).
 
     Why the lock: a `wake` may still be running on another thread when the wait is over, and must not write to a number
     that is somebody else's file by then. It only *tries* the lock, as it may be in a signal handler; who holds the
     lock looks at the marks after letting go (`_settle`).
     """
 
-    def __init__(self, filenos: Iterable[int]) -> None:
+    def __init__(self, wanted: Mapping[int, int]) -> None:
         self._lock = _primitives.Lock()
         self._rung = False  # a mark: somebody called `wake`
         self._sent = False  # under the lock: a byte is on its way
         self._over = False  # a mark: the wait has ended
         self._ear, self._mouth = socket.socketpair()
-        self._selector = _Selector()
-        self._selector.register(self._ear, selectors.EVENT_READ)
-        for fileno in set(filenos):
-            self._selector.register(fileno, selectors.EVENT_READ)
+        self._poll = select.poll()
+        self._poll.register(self._ear, select.POLLIN)
+        for fileno, events in wanted.items():
+            self._poll.register(fileno, events)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._selector.close()
         self._over = True
         self._settle()
 
@@ -154,11 +154,11 @@ class _Bell:
             self._sent = True
             self._mouth.send(b"!")  # one byte at a time is under way: this never blocks
 
-    def pause(self, seconds: float | None) -> set[int]:
-        """Block until woken or until a descriptor is ready; those that are."""
-        events = self._selector.select(_LONGEST_POLL if seconds is None else min(seconds, _LONGEST_POLL))
-        ready = {key.fd for key, _ in events}
-        if self._ear.fileno() in ready:
+    def pause(self, seconds: float | None) -> dict[int, int]:
+        """Block until woken or until a descriptor is ready; those that are, each with its events."""
+        longest = _LONGEST_POLL if seconds is None else min(seconds, _LONGEST_POLL)
+        ready = dict(self._poll.poll(math.ceil(longest * 1000)))
+        if ready.pop(self._ear.fileno(), 0):
             with self._lock: self._hear_locked()  # fmt: skip
         return ready
 
@@ -176,7 +176,7 @@ class _Wait:
         things: tuple[Any, ...],
         sockets: dict[int, int],
         token: CancellationToken,
-        bell: _Doorman | _Bell,
+        bell: _Doorman | Bell,
     ) -> None:
         self._things = things
         self._sockets = sockets
@@ -192,7 +192,7 @@ class _Wait:
             self._unregister()
 
     def _look_and_wait(self, end: float | None) -> list[Any]:
-        filenos: set[int] = set()
+        filenos: dict[int, int] = {}
         if self._sockets:
             filenos = self._bell.pause(0)
         while True:
@@ -205,9 +205,9 @@ class _Wait:
                 return ready
             filenos = self._bell.pause(left)
 
-    def _is_ready(self, position: int, thing: Any, filenos: set[int]) -> bool:
+    def _is_ready(self, position: int, thing: Any, filenos: dict[int, int]) -> bool:
         if position in self._sockets:
-            return self._sockets[position] in filenos or _has_decrypted(thing)
+            return self._sockets[position] in filenos or has_decrypted(thing)
         if isinstance(thing, CancellationToken):
             return thing.cancelled
         if isinstance(thing, Task):
@@ -242,7 +242,7 @@ class _Wait:
         ]
 
 
-def _has_decrypted(sock: Any) -> bool:
+def has_decrypted(sock: Any) -> bool:
     """Whether a TLS socket holds bytes that were read from the wire already: ``poll`` does not know of them."""
     pending = getattr(sock, "pending", None)
     return pending is not None and pending() > 0

@@ -276,12 +276,14 @@ def test_shutdown_by_the_user_works_only_while_in_use(guarded):
     sock.shutdown(socket.SHUT_RDWR)
 
 
-def test_files_are_for_reading_bytes(guarded):
-    """Any other mode would block where no cancel reaches it."""
+def test_files_are_those_of_the_socket(guarded):
+    """Bytes and text, for reading and for writing; a mode that makes no sense is refused."""
     sock, _guard, far = guarded
     far.sendall(b"one\ntwo\n")
-    with pytest.raises(ValueError, match="sendall"):
-        sock.makefile("wb")
+    with pytest.raises(ValueError, match="'x'"):
+        sock.makefile("x")
+    with pytest.raises(ValueError, match="buffer"):
+        sock.makefile("r", 0)
     with sock.makefile("rb") as buffered:
         assert buffered.readline() == b"one\n"
         assert buffered.fileno() == sock.fileno()
@@ -289,6 +291,15 @@ def test_files_are_for_reading_bytes(guarded):
         assert raw.readable()
         assert raw.name == sock.fileno()
         assert raw._sock is sock._sock
+    far.sendall(b"five\n")
+    with sock.makefile("rw", encoding="ascii", newline="\n") as text:
+        text.write("three\n")
+        text.flush()
+        assert far.recv(10) == b"three\n"
+        assert text.readline() == "five\n"
+    with sock.makefile("wb") as writer:
+        writer.write(b"four")
+    assert far.recv(10) == b"four"
     assert sock.gettimeout() is None
     assert "GuardedSocket" in repr(sock)
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 import selectors
 import socket
-from errno import EINPROGRESS, EWOULDBLOCK
-from typing import TYPE_CHECKING
+from errno import EAGAIN, EINPROGRESS, EWOULDBLOCK
+from typing import TYPE_CHECKING, Any
 
+from tokenscope._core import clock
 from tokenscope.net.guard import Guard
 from tokenscope.net.resolve import Address, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from _typeshed import StrPath
 
     from tokenscope._core.token import CancellationToken
 
@@ -26,10 +29,12 @@ __all__ = ["connect_guarded"]
 # `poll` needs no descriptor of its own (epoll does) and takes any number (select does not).
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 _STARTED = frozenset({0, EINPROGRESS, EWOULDBLOCK})
+# Seconds before a Unix listener whose queue is full is asked again; pulled out of the air.
+_ASK_AGAIN = 0.01
 
 
 def connect_guarded(
-    address: tuple[str, int],
+    address: tuple[str, int] | StrPath,
     *,
     token: CancellationToken,
     timeout: float | None = None,
@@ -41,7 +46,7 @@ def connect_guarded(
     """Connect to the first address of a name that answers.
 
     Args:
-        address: Host (a name, or digits, IPv6 with or without brackets) and port.
+        address: Host (a name, or digits, IPv6 with or without brackets) and port; or the path of a Unix socket.
         token: Ends it. Its remaining time caps the name look-up and all attempts together.
         timeout: Seconds for each address, as in ``socket.create_connection``; becomes the timeout of the
             socket.
@@ -59,6 +64,10 @@ def connect_guarded(
         socket.gaierror: The name does not resolve.
         OSError: The last address refused.
     """
+    if not isinstance(address, tuple):
+        token.check()
+        path = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "", os.fspath(address))
+        return _attempt(path, token, timeout, None, socket_options, explicit=explicit)
     host, port = address
     failure: OSError | None = None
     for found in resolve(host.strip("[]"), port, token=token, family=family):
@@ -89,7 +98,7 @@ def _attempt(
         if source_address:
             sock.bind(source_address)
         sock.setblocking(False)
-        _raise_errno(sock.connect_ex(target), _STARTED)
+        _raise_errno(_start(sock, target, token, timeout), _STARTED)
         guard = Guard(sock)
     except BaseException:
         sock.close()
@@ -103,6 +112,16 @@ def _attempt(
         sock.close()
         raise
     return sock, guard
+
+
+def _start(sock: socket.socket, target: Any, token: CancellationToken, timeout: float | None) -> int:
+    """Begin to connect. There is no system call that waits for a place in the queue of a Unix listener."""
+    end = clock.deadline_after(timeout)
+    while (number := sock.connect_ex(target)) == EAGAIN and sock.family == socket.AF_UNIX:
+        if end is not None and clock.now() >= end:
+            raise TimeoutError("timed out")
+        token.sleep(_ASK_AGAIN)
+    return number
 
 
 def _finish(sock: socket.socket, seconds: float | None) -> None:

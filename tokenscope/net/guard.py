@@ -31,6 +31,7 @@ Fork: a guard belongs to the process that made it. In another one it never shuts
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ except ImportError:  # not a Unix: the upload flag alone decides
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tokenscope._core.reasons import CancelReason
     from tokenscope._core.token import CancellationToken
 
 __all__ = ["Guard"]
@@ -77,6 +79,7 @@ class Guard:
         "_holders",
         "_lock",
         "_pid",
+        "_reason",
         "_rung",
         "_shielded",
         "_token",
@@ -85,8 +88,9 @@ class Guard:
 
     def __init__(self, sock: socket.socket) -> None:
         self._lock = _primitives.Lock()
-        self._dup = sock.dup()  # closed under the lock, once `_holders` is empty
+        self._dup = _duplicate(sock)  # closed under the lock, once `_holders` is empty
         self._fired = False  # one-way, under the lock: the connection was shut down
+        self._reason: CancelReason | None = None  # why; set before `_fired`
         self._shielded = False  # set under the lock: the owner is in a call that its token must not cut
         self._token: CancellationToken | None = None  # set by the owner; cleared under the lock
         self._explicit = False  # whoever reads asked for this token (`Session(token=...)`)
@@ -102,12 +106,25 @@ class Guard:
     def __del__(self) -> None:
         self._dup.close()  # takes no lock; nobody else is left who could
 
+    def twin(self) -> Guard:
+        """Another guard of the same connection, for a second thread that uses it at the same time.
+
+        Raises:
+            OSError: This one is closed.
+        """
+        return Guard(self._dup)
+
     # --- the token ------------------------------------------------------------------------------------------
 
     @property
     def token(self) -> CancellationToken | None:
         """The token that the connection works for, or None while it is idle."""
         return self._token
+
+    @property
+    def reason(self) -> CancelReason | None:
+        """Why a cancel shut the connection down; None if none did."""
+        return self._reason
 
     @property
     def foreign(self) -> bool:
@@ -254,6 +271,7 @@ class Guard:
 
     def _settle_locked(self) -> None:
         if self._wants_shutdown():
+            self._reason = self._token.reason if self._token is not None else None
             self._fired = True
             if not self.foreign:
                 self._shut_down_locked()
@@ -289,3 +307,10 @@ class Guard:
         if self._holders:
             self._holders.pop()
         self._settle()
+
+
+def _duplicate(sock: socket.socket) -> socket.socket:
+    """As ``sock.dup()``, which an `ssl.SSLSocket` refuses: this one only shuts down, below TLS."""
+    twin = socket.socket(sock.family, sock.type, sock.proto, fileno=os.dup(sock.fileno()))
+    twin.settimeout(sock.gettimeout())  # a default timeout would have changed the mode of both
+    return twin

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from tokenscope.net.handshake import close_half_made
 
 if TYPE_CHECKING:
     import socket
+    import ssl
+    from collections.abc import Callable
 
     from typing_extensions import Buffer
 
     from tokenscope._core._typing import override
-    from tokenscope.net.guard import Guard
 else:
     from tokenscope._core._typing import override
 
 __all__ = ["GuardedReader", "GuardedSocket"]
 
+# What else blocks, by the way the bytes go.
+_RECEIVES = frozenset({"recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into", "read", "do_handshake", "unwrap"})
+_SENDS = frozenset({"sendmsg", "sendfile", "write"})
+
+
+class _Guard(Protocol):
+    """What a guarded socket needs of a `Guard` or a `SharedGuard`."""
+
+    def call(self, operation: Callable[..., Any], *args: Any) -> Any: ...
+    def upload(self, operation: Callable[..., Any], *args: Any) -> Any: ...
+    def shutdown(self, how: int) -> None: ...
+    def retain(self) -> None: ...
+    def release(self) -> None: ...
+
 
 class GuardedSocket:
-    """Stands in for a connected socket, plain or TLS: `sendall`, `recv` and files are cancellable.
+    """Stands in for a connected socket, plain or TLS: whatever blocks is cancellable.
 
-    It takes over one hold on ``guard`` and gives it back in `close`. Everything else is the socket's own.
+    A blocked call raises `Cancelled`, and the connection is over: its peer sees the end at once. What does not block
+    is the socket's own. It takes over one hold on ``guard`` and gives it back in `close`.
     """
 
     __slots__ = ("__weakref__", "_guard", "_held", "_sock")
 
-    def __init__(self, sock: socket.socket, guard: Guard) -> None:
+    def __init__(self, sock: socket.socket, guard: _Guard) -> None:
         self._sock = sock
         self._guard = guard
         self._held = [None]  # the hold on the guard; popped once
@@ -35,7 +54,22 @@ class GuardedSocket:
         return f"<GuardedSocket {self._guard!r} of {self._sock!r}>"
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
+        found = getattr(self._sock, name)
+        if name in _RECEIVES:
+            return functools.partial(self._guarded, self._guard.call, found)
+        if name in _SENDS:
+            return functools.partial(self._guarded, self._guard.upload, found)
+        return found
+
+    @staticmethod
+    def _guarded(run: Callable[..., Any], operation: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+        return run(functools.partial(operation, *args, **options))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def fileno(self) -> int:
         """The descriptor of the socket itself (not of the guard)."""
@@ -62,18 +96,57 @@ class GuardedSocket:
         """Receive into ``buffer``, or raise what the token says."""
         return int(self._guard.call(self._sock.recv_into, buffer, size, flags))
 
-    def makefile(self, mode: str = "r", buffering: int | None = None, **options: Any) -> Any:
-        """Open a file on the socket. Files for reading bytes are guarded; they are what HTTP clients use.
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, *, server_hostname: str | None = None, server_side: bool = False
+    ) -> None:
+        """Go on in TLS. What was read ahead by a file of this socket is lost: open files afterwards.
+
+        Args:
+            ssl_context: The settings and certificates.
+            server_hostname: Whom the other side has to be, for a client.
+            server_side: This is the server.
 
         Raises:
-            ValueError: Any mode but ``"rb"``: such a file would block where no cancel reaches it.
+            Cancelled: The token was cancelled, before or meanwhile.
+            ssl.SSLError: The handshake failed. After either the socket is good for `close` only.
         """
-        if mode not in {"rb", "br"}:
-            raise ValueError(f"a guarded socket opens files in mode 'rb' only, not {mode!r}; write with sendall()")
-        reader = GuardedReader(self._sock.makefile("rb", 0, **options), self._guard)
+        self._guard.call(
+            functools.partial(self._wrap, ssl_context, server_hostname=server_hostname, server_side=server_side)
+        )
+
+    def _wrap(self, ssl_context: ssl.SSLContext, **options: Any) -> None:
+        try:
+            self._sock = ssl_context.wrap_socket(self._sock, **options)
+        except BaseException as error:
+            close_half_made(error)
+            raise
+
+    def makefile(
+        self,
+        mode: str = "r",
+        buffering: int | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> Any:
+        """Open a file on the socket, as the socket's own does; its reads and writes are guarded.
+
+        Raises:
+            ValueError: A mode that is not made of r, w and b; a text file without a buffer.
+        """
+        if not {"r", "w", "b"} >= set(mode):
+            raise ValueError(f"mode must be made of 'r', 'w' and 'b', not {mode!r}")
+        if buffering == 0 and "b" not in mode:
+            raise ValueError("a text file needs a buffer: buffering must not be 0")
+        writes = "w" in mode
+        reads = "r" in mode or not writes
+        raw = GuardedReader(self._sock.makefile("r" * reads + "w" * writes + "b", 0), self._guard)  # type: ignore[call-overload]
         if buffering == 0:
-            return reader
-        return io.BufferedReader(reader, io.DEFAULT_BUFFER_SIZE if buffering in {None, -1} else buffering)
+            return raw
+        size = io.DEFAULT_BUFFER_SIZE if buffering is None or buffering < 0 else buffering
+        buffered = _buffered(raw, size, reads=reads, writes=writes)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
 
     def shutdown(self, how: int) -> None:
         """Shut the connection down below TLS, and only while it is in use.
@@ -93,10 +166,16 @@ class GuardedSocket:
                 self._guard.release()
 
 
-class GuardedReader(io.RawIOBase):
-    """The raw file under a buffered one: each read asks the token, before and after."""
+def _buffered(raw: GuardedReader, size: int, *, reads: bool, writes: bool) -> Any:
+    if reads and writes:
+        return io.BufferedRWPair(raw, raw, size)
+    return io.BufferedReader(raw, size) if reads else io.BufferedWriter(raw, size)
 
-    def __init__(self, raw: io.RawIOBase, guard: Guard) -> None:
+
+class GuardedReader(io.RawIOBase):
+    """The raw file under a buffered one: each read and write asks the token, before and after."""
+
+    def __init__(self, raw: io.RawIOBase, guard: _Guard) -> None:
         super().__init__()
         self._raw = raw
         self._guard = guard
@@ -116,8 +195,13 @@ class GuardedReader(io.RawIOBase):
 
     @override
     def readable(self) -> bool:
-        """Whether it can be read: that is all it can."""
-        return True
+        """Whether it was opened for reading."""
+        return self._raw.readable()
+
+    @override
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        return self._raw.writable()
 
     @override
     def fileno(self) -> int:
@@ -128,6 +212,12 @@ class GuardedReader(io.RawIOBase):
     def readinto(self, buffer: Buffer) -> int | None:
         """Read what is there, or wait for it, or raise what the token says."""
         count: int | None = self._guard.call(self._raw.readinto, buffer)
+        return count
+
+    @override
+    def write(self, data: Buffer) -> int | None:
+        """Write something, or raise what the token says."""
+        count: int | None = self._guard.upload(self._raw.write, data)
         return count
 
     @override

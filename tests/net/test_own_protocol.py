@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import select
 import socket
 import ssl
@@ -72,7 +73,7 @@ def in_function(name):
 def sees_the_end(far):
     try:
         return far.recv(1) == b""
-    except OSError:  # a reset, or TLS without its goodbye
+    except (ConnectionError, ssl.SSLError):  # a reset, or TLS without its goodbye; no timeout
         return True
 
 
@@ -234,6 +235,19 @@ def test_accept_has_the_times_of_the_listener():
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()
+
+
+def test_modes_are_kept_where_they_matter():
+    """A default timeout makes no blocking socket non-blocking; a listener never blocks whom another overtook."""
+    near, far = socket.socketpair()
+    listener = socket.create_server(("127.0.0.1", 0))
+    socket.setdefaulttimeout(5)
+    try:
+        with net.guarded(near), far, net.guarded(listener):
+            assert os.get_blocking(near.fileno())
+            assert not os.get_blocking(listener.fileno())
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_what_cannot_be_guarded_is_refused_by_name(tmp_path):

@@ -94,11 +94,18 @@ def test_a_blocked_read_is_cut_and_the_peer_sees_it(ends, receive):
     assert sees_the_end(far)
 
 
-def test_a_blocked_write_is_cut(ends):
+def write_for_ever(sock):
+    with sock.makefile("wb", 0) as file:
+        while True:
+            file.write(A_LOT)
+
+
+@pytest.mark.parametrize("send", [lambda sock: sock.sendall(A_LOT), write_for_ever], ids=["sendall", "file"])
+def test_a_blocked_write_is_cut(ends, send):
     """The peer does not read, and all buffers are full."""
     near, _far = ends
     unwritable = lambda _thread: not select.select([], [near], [], 0)[1]  # noqa: E731 - a predicate
-    cut(lambda: near.sendall(A_LOT), unwritable)
+    cut(lambda: send(near), unwritable)
 
 
 def test_a_full_exchange_is_that_of_a_plain_socket(ends):

@@ -63,6 +63,8 @@ def test_using_wsgi_needs_no_framework():
     [
         ("tokenscope.integrations.flask", "flask", "pip install tokenscope-threads[flask]"),
         ("tokenscope.integrations.django_db", "django", "pip install tokenscope-threads[django]"),
+        ("tokenscope.integrations.httpx", "httpx", "pip install tokenscope-threads[httpx]"),
+        ("tokenscope.integrations.httpx2", "httpx2", "pip install tokenscope-threads[httpx2]"),
         ("tokenscope.integrations.psycopg", "psycopg", "pip install tokenscope-threads[psycopg]"),
         ("tokenscope.integrations.botocore", "botocore", "pip install tokenscope-threads[botocore]"),
         ("tokenscope.integrations.psycopg2", "psycopg2", "pip install tokenscope-threads[psycopg2]"),

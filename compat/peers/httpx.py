@@ -12,19 +12,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 # No timeouts anywhere: what ends these calls is the cancel, and nothing else.
-client = Client(
-    timeout=None, trust_env=False, verify=ssl.create_default_context(cafile=os.environ.get("COMPAT_AUTHORITY"))
-)
+_trust = ssl.create_default_context(cafile=os.environ.get("COMPAT_AUTHORITY"))
+clients: list[Client] = []  # the one in use; a client that was closed cannot be used again
+
+
+def current() -> Client:
+    """Return the client, a new one if the last one was closed."""
+    if not clients:
+        clients.append(Client(timeout=None, trust_env=False, verify=_trust))
+    return clients[-1]
 
 
 def fetch(url: str) -> bytes:
     """Return the whole answer."""
-    return client.get(url).content
+    return current().get(url).content
 
 
 def stream(url: str) -> Iterator[bytes]:
     """Yield the answer as it comes."""
-    with client.stream("GET", url) as response:
+    with current().stream("GET", url) as response:
         yield from response.iter_bytes()
 
 
@@ -39,4 +45,5 @@ CALLS: Mapping[str, Callable[[str], object]] = {"fetch": fetch, "stream": read_s
 
 def close_idle() -> None:
     """Close the pooled connections."""
-    client.close()
+    while clients:
+        clients.pop().close()

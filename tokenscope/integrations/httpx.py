@@ -5,7 +5,7 @@ guarded:      waiting for a connection of the pool, name look-up, connect, proxy
 interrupted:  the canceller shuts the socket down on a duplicate descriptor; the owner looks at its token, raises
     and closes
 not:          a user's body generator blocked in next(); HTTP/2 and proxies of scheme https (refused); `AsyncClient`
-versions:     httpx >=0.25.2,<1 on httpcore >=1.0,<2
+versions:     httpx >=0.25.2,<1 on httpcore 1
 compat:       httpx-0.25.2, httpx-latest
 """
 

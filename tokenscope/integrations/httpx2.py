@@ -6,7 +6,7 @@ interrupted:  the canceller shuts the socket down on a duplicate descriptor; the
     and closes
 not:          a user's body generator blocked in next(); HTTP/2 and proxies of scheme https (refused); `AsyncClient`
 versions:     httpx2 >=2.7,<3
-compat:       httpx2-latest
+compat:       httpx2-2.7.0, httpx2-latest
 """
 
 from __future__ import annotations

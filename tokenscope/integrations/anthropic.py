@@ -1,0 +1,44 @@
+"""Cancellable anthropic: ``client = cancellable(Anthropic(...))``, and its calls, streams and retries end with the token.
+
+guarded:      what is guarded of httpx (connect to the last byte of a stream), the pause before a retry
+interrupted:  the canceller shuts the socket down, or wakes the pause; the owner looks at its token and raises
+not:          AsyncAnthropic (refused), websockets (realtime), HTTP/2
+versions:     anthropic >=0.100,<3, whichever of httpx and httpx2 it stands on
+compat:       anthropic-old, anthropic-latest
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from tokenscope.integrations._missing import needs
+from tokenscope.integrations._sdk import Vendor
+
+with needs("anthropic", extra="anthropic"):
+    import anthropic
+
+__all__ = ["cancellable"]
+
+C = TypeVar("C", bound=anthropic.Anthropic)
+
+_VENDOR = Vendor.probed(anthropic, "Anthropic")
+
+
+def cancellable(client: C) -> C:
+    """Return a client of the same class and settings, whose calls end with the current token.
+
+    Args:
+        client: A `anthropic.Anthropic`, or of a subclass. It stays as it was, with connections of its own; close it if it
+            has made some.
+
+    Its copies (``with_options``, ``copy``) are cancellable too. A cancel raises `Cancelled` with the token's reason:
+    before the first byte, between two tokens of a stream, in the pause before a retry. No retry follows it. What the
+    vendor makes until it sees the closed connection, it may bill.
+
+    Thread-safe as far as the client is. A stream stays bound to the token it was opened under until it is closed.
+
+    Raises:
+        TypeError: It is no `anthropic.Anthropic`.
+        TokenScopeError: It has an ``http_client`` that is not of `tokenscope.integrations.httpx`.
+    """
+    return _VENDOR.cancellable(client)

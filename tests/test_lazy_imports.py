@@ -70,6 +70,8 @@ def test_using_wsgi_needs_no_framework():
         ("tokenscope.integrations.psycopg2", "psycopg2", "pip install tokenscope-threads[psycopg2]"),
         ("tokenscope.integrations.pymysql", "pymysql", "pip install tokenscope-threads[pymysql]"),
         ("tokenscope.integrations.sqlalchemy", "sqlalchemy", "pip install tokenscope-threads[sqlalchemy]"),
+        ("tokenscope.integrations.openai", "openai", "pip install tokenscope-threads[openai]"),
+        ("tokenscope.integrations.anthropic", "anthropic", "pip install tokenscope-threads[anthropic]"),
         ("tokenscope.integrations.requests", "requests", "pip install requests"),
         ("tokenscope.integrations.requests", "urllib3", "pip install urllib3"),
         ("tokenscope.integrations.urllib3", "urllib3", "pip install urllib3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,7 @@ class Vendor:
         return self.client(**{"base_url": model.url(self.prefix), "api_key": "key", **settings})
 
     def make(self, model: Model, **settings: Any) -> Any:
-        with self.plain(model, **settings) as plain:
-            return self.cancellable(plain)
+        return self.cancellable(self.plain(model, **settings))
 
     def ask(self, client: Any) -> str:
         return self.text(self.calls(client).create(**ASK))
@@ -119,6 +119,20 @@ class SDKTests:
             self.vendor.ask(client)
         assert model.requests == 1
 
+    def test_the_token_of_an_http_client_wakes_the_pause(self, model):
+        """A client of ours is kept with its settings, and its own token counts as the current one does."""
+        model.play("429 30")
+        token = CancellationToken()
+        fork = self.vendor.sdk.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]
+        ours = importlib.import_module(f"tokenscope.integrations.{fork}").Client(token=token)
+        with self.vendor.make(model, http_client=ours) as client:
+            assert client._client is ours
+            attempt = Attempt(lambda: self.vendor.ask(client))
+            wait_until(lambda: blocked_in(attempt.thread, "_pause"))
+            token.cancel()
+            assert isinstance(attempt.failure(), Cancelled)
+        assert model.requests == 1
+
     def test_a_deadline_cuts_the_pause(self, model):
         """A scope that runs out during Retry-After does not sit it out."""
         model.play("429 30")
@@ -184,5 +198,5 @@ class SDKTests:
 
     def test_what_is_no_client_is_refused(self):
         """The error names the argument and the value."""
-        with pytest.raises(TypeError, match="client must be .* not 'key'"):
+        with pytest.raises(TypeError, match=r"client must be .* not 'key'"):
             self.vendor.cancellable("key")

@@ -106,7 +106,10 @@ class AnthropicWire:
 
     def begin(self) -> list[bytes]:
         start = {"index": 0, "content_block": {"type": "text", "text": ""}}
-        return [self._event("message_start", message=self._message([], None)), self._event("content_block_start", **start)]
+        return [
+            self._event("message_start", message=self._message([], None)),
+            self._event("content_block_start", **start),
+        ]
 
     def token(self, text: str) -> bytes:
         return self._event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
+from tokenscope.integrations._urllib3_binding import under
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +108,7 @@ def _fork(http_client: object) -> str:
 def _adopt(client: C) -> C:
     """Let a client pause on the token, and so the copies of it."""
     any_client: Any = client
-    any_client._sleep_for_retry = functools.partial(_pause, client)
+    any_client._sleep_for_retry = functools.partial(_pause, client)  # noqa: SLF001 - probed
     any_client.copy = _adopting(any_client.copy)
     any_client.with_options = _adopting(any_client.with_options)
     return client
@@ -125,4 +126,5 @@ def _pause(client: Any, *, retries_taken: int, max_retries: int, options: Any, r
     """Wait as long as the client would, or raise what the token says."""
     headers = None if response is None else response.headers
     seconds = client._calculate_retry_timeout(max_retries - retries_taken, options, headers)  # noqa: SLF001 - probed
-    current_token().sleep(seconds)
+    with under(getattr(client._client, "_token", None)):  # noqa: SLF001 - the `token=` of a client of ours
+        current_token().sleep(seconds)

@@ -1,9 +1,9 @@
-"""Cancellable anthropic: ``client = cancellable(Anthropic(...))``, and its calls, streams and retries end with the token.
+"""Cancellable anthropic: the calls, streams and retries of ``cancellable(Anthropic(...))`` end with the token.
 
 guarded:      what is guarded of httpx (connect to the last byte of a stream), the pause before a retry
 interrupted:  the canceller shuts the socket down, or wakes the pause; the owner looks at its token and raises
 not:          AsyncAnthropic (refused), websockets (realtime), HTTP/2
-versions:     anthropic >=0.100,<3, whichever of httpx and httpx2 it stands on
+versions:     anthropic >=0.125,<3, whichever of httpx and httpx2 it stands on
 compat:       anthropic-old, anthropic-latest
 """
 
@@ -28,8 +28,7 @@ def cancellable(client: C) -> C:
     """Return a client of the same class and settings, whose calls end with the current token.
 
     Args:
-        client: A `anthropic.Anthropic`, or of a subclass. It stays as it was, with connections of its own; close it if it
-            has made some.
+        client: An `anthropic.Anthropic`, or of a subclass. It stays as it was, with connections of its own.
 
     Its copies (``with_options``, ``copy``) are cancellable too. A cancel raises `Cancelled` with the token's reason:
     before the first byte, between two tokens of a stream, in the pause before a retry. No retry follows it. What the
@@ -38,7 +37,8 @@ def cancellable(client: C) -> C:
     Thread-safe as far as the client is. A stream stays bound to the token it was opened under until it is closed.
 
     Raises:
-        TypeError: It is no `anthropic.Anthropic`.
-        TokenScopeError: It has an ``http_client`` that is not of `tokenscope.integrations.httpx`.
+        TypeError: ``client`` is no `anthropic.Anthropic`.
+        TokenScopeError: It has an ``http_client`` whose settings cannot be read: one that is no `Client` of
+            `tokenscope.integrations.httpx` or `.httpx2`.
     """
     return _VENDOR.cancellable(client)

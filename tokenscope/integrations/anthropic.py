@@ -3,8 +3,8 @@
 guarded:      what is guarded of httpx (connect to the last byte of a stream), the pause before a retry
 interrupted:  the canceller shuts the socket down, or wakes the pause; the owner looks at its token and raises
 not:          AsyncAnthropic (refused), websockets (realtime), HTTP/2
-versions:     anthropic >=0.125,<3, whichever of httpx and httpx2 it stands on
-compat:       anthropic-old, anthropic-latest
+versions:     anthropic >=0.125,<3, on httpx or httpx2; its hooks are checked when this is imported
+compat:       tests/integrations/test_anthropic.py
 """
 
 from __future__ import annotations

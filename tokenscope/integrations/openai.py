@@ -3,8 +3,8 @@
 guarded:      what is guarded of httpx (connect to the last byte of a stream), the pause before a retry
 interrupted:  the canceller shuts the socket down, or wakes the pause; the owner looks at its token and raises
 not:          AsyncOpenAI (refused), websockets (realtime), HTTP/2
-versions:     openai >=1.109,<4, whichever of httpx and httpx2 it stands on
-compat:       openai-old, openai-latest
+versions:     openai >=1.109,<4, on httpx or httpx2; its hooks are checked when this is imported
+compat:       tests/integrations/test_openai.py
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ from peers import Attempt, blocked_in, wait_until
 from peers.models import Model
 
 from tokenscope import CancellationToken, Cancelled, TokenScopeError, use_token
+from tokenscope.integrations._sdk import Vendor as Probed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -200,3 +202,9 @@ class SDKTests:
         """The error names the argument and the value."""
         with pytest.raises(TypeError, match=r"client must be .* not 'key'"):
             self.vendor.cancellable("key")
+
+    def test_a_version_without_the_hooks_is_refused(self):
+        """The error names the version and what is missing of it."""
+        old = SimpleNamespace(__name__="vendor", __version__="0.1")
+        with pytest.raises(TokenScopeError, match=r"vendor 0\.1 has no Client\._sleep_for_retry"):
+            Probed.probed(old, "Client")

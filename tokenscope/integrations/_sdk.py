@@ -27,8 +27,13 @@ __all__ = ["Vendor"]
 
 C = TypeVar("C")
 
-_PAUSE = {"retries_taken", "max_retries", "options", "response"}
-_BACKOFF = {"remaining_retries", "options", "response_headers"}
+#: What is called or replaced of a client, and the parameters that are counted on.
+_HOOKS = {
+    "_sleep_for_retry": {"retries_taken", "max_retries", "options", "response"},
+    "_calculate_retry_timeout": {"remaining_retries", "options", "response_headers"},
+    "copy": {"http_client"},
+    "with_options": {"http_client"},
+}
 
 
 class Vendor(NamedTuple):
@@ -45,20 +50,15 @@ class Vendor(NamedTuple):
         Raises:
             TokenScopeError: Something is missing: a version that is not supported.
         """
-        vendor = cls(sdk, getattr(sdk, blocking), getattr(sdk, f"Async{blocking}"))
-        vendor._insist("_sleep_for_retry", _PAUSE)
-        vendor._insist("_calculate_retry_timeout", _BACKOFF)
-        vendor._insist("copy", {"http_client"})
-        vendor._insist("with_options", {"http_client"})
-        return vendor
-
-    def _insist(self, method: str, parameters: set[str]) -> None:
-        found = getattr(self.blocking, method, None)
-        if found is None or not parameters <= inspect.signature(found).parameters.keys():
-            raise TokenScopeError(
-                f"{self.sdk.__name__} {self.sdk.__version__} has no {self.blocking.__name__}.{method} that takes "
-                f"{', '.join(sorted(parameters))}: tokenscope does not support it"
-            )
+        found = getattr(sdk, blocking, None)
+        for method, parameters in _HOOKS.items():
+            hook = getattr(found, method, None)
+            if hook is None or not parameters <= inspect.signature(hook).parameters.keys():
+                raise TokenScopeError(
+                    f"{sdk.__name__} {sdk.__version__} has no {blocking}.{method} that takes "
+                    f"{', '.join(sorted(parameters))}: tokenscope does not support it"
+                )
+        return cls(sdk, getattr(sdk, blocking), getattr(sdk, f"Async{blocking}"))
 
     def cancellable(self, client: C) -> C:
         """See `tokenscope.integrations.openai.cancellable`."""
@@ -87,7 +87,7 @@ class Vendor(NamedTuple):
         ours = importlib.import_module(f"tokenscope.integrations.{_fork(theirs)}")
         if isinstance(theirs, ours.Client):
             return theirs
-        if type(theirs).__name__ != "SyncHttpxClientWrapper":
+        if type(theirs).__name__ != "SyncHttpxClientWrapper":  # what both SDKs make for themselves
             raise TokenScopeError(
                 f"client has an http_client of its own, a {type(theirs).__name__}, whose settings cannot be read out "
                 f"of it: make that one a {ours.__name__}.Client, with the same arguments"

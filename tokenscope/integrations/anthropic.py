@@ -28,7 +28,7 @@ def cancellable(client: C) -> C:
     """Return a client of the same class and settings, whose calls end with the current token.
 
     Args:
-        client: An `anthropic.Anthropic`, or of a subclass. It stays as it was, with connections of its own. Close what is
+        client: An `anthropic.Anthropic`, or of a subclass. It stays as it was. Close what is
             returned, or use it in a ``with``: it does not close its connections when it is dropped.
 
     Its copies (``with_options``, ``copy``) are cancellable too. A cancel raises `Cancelled` with the token's reason:

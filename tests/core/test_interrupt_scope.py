@@ -332,7 +332,7 @@ def test_ctrl_c_that_nobody_catches_ends_the_process_with_its_traceback():
         status, _, err = press_until_it_ends(program)
     assert status != 0
     assert "KeyboardInterrupt" in err
-    assert "task the-child: ValueError('beside it')" in err
+    assert "task the-child: ValueError: beside it (<string>:10 in child)" in err
 
 
 def test_ctrl_c_twice_ends_a_process_whose_child_does_not_obey():
@@ -361,4 +361,4 @@ def test_ctrl_c_twice_ends_a_process_whose_child_does_not_obey():
     assert status != 0
     assert out == "cleanup\n"
     assert "KeyboardInterrupt" in err
-    assert "gave up waiting for 1 of its children" in err
+    assert "gave up waiting for 1 of its children: deaf" in err

@@ -434,7 +434,8 @@ class ThreadScope:
         stacks = crew.abandon()
         if not stacks or any(isinstance(failure.error, StragglersLeft) for failure in ending.failures):
             return
-        left = StragglersLeft(f"scope {self.name!r} gave up waiting for {len(stacks)} of its children", stacks)
+        which = ", ".join(stacks)
+        left = StragglersLeft(f"scope {self.name!r} gave up waiting for {len(stacks)} of its children: {which}", stacks)
         ending.failures.append(Failure("stragglers", left))
         events.emit(events.Orphaned(self.name, stacks))
 

@@ -56,9 +56,19 @@ def status_of(pid, limit=2 * WAIT):
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.001)
-    os.kill(pid, 9)
+    os.kill(pid, signal.SIGUSR1)  # says where it hangs
+    time.sleep(1)
+    os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return "hangs"
+
+
+@pytest.fixture(autouse=True)
+def _stacks_of_what_hangs():
+    """Inherited by the child, so that it also tells of a hang before its own first line."""
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    yield
+    faulthandler.unregister(signal.SIGUSR1)
 
 
 class World:
@@ -73,14 +83,19 @@ class World:
             token.on_cancel(self.parents_calls.append, 1) for token in (self.root, self.child, self.linked)
         ]
 
-    def churn(self, stop):
-        """What the parent's threads do all the time."""
+    def churn(self, stop, busy=lambda: None):
+        """What the parent's threads do all the time; `busy()` after the first round."""
+        self.churn_once()
+        busy()
         while not stop.is_set():
-            token = self.linked.child(timeout=60)
-            with token.on_cancel(int):
-                CancellationToken.linked(self.root, token).cancel()
-            token.wait(0)
-            CancellationToken(timeout=0.0001).on_cancel(int, blocking=True)
+            self.churn_once()
+
+    def churn_once(self):
+        token = self.linked.child(timeout=60)
+        with token.on_cancel(int):
+            CancellationToken.linked(self.root, token).cancel()
+        token.wait(0)
+        CancellationToken(timeout=0.0001).on_cancel(int, blocking=True)
 
     def work_in_child(self):
         """The inherited tree and a new one work: create, register, wait, deadlines, cancel, callbacks, workers."""
@@ -116,8 +131,11 @@ def test_a_hundred_forks_under_churn():
     """While four threads churn one tree, 100 of 100 children end and work, and the parent is undisturbed."""
     world = World()
     stop = threading.Event()
-    with crowd(*[lambda: world.churn(stop) for _ in range(4)]):
+    # Coverage locks when it meets a file for the first time; a child forked in that moment hangs in our fork hook.
+    warm = threading.Barrier(5)
+    with crowd(*[lambda: world.churn(stop, busy=warm.wait) for _ in range(4)]):
         try:
+            warm.wait(WAIT)
             statuses = [status_of(fork(world.work_in_child)) for _ in range(100)]
         finally:
             stop.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -66,7 +67,20 @@ class Program:
         return self.process.stdout.readline().strip()
 
     def interrupt(self) -> None:
+        """Press Ctrl-C once it waits: CPython looks for signals before a wait, and misses one that falls in between."""
+        until(self._is_asleep, "the wait of the program")
         self.process.send_signal(signal.SIGINT)
+
+    def interrupt_until_it_ends(self) -> tuple[int, str, str]:
+        """Press Ctrl-C at this very moment, and again if that fell between CPython's look for signals and its wait."""
+        while self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(WAIT / 4)
+        return self.finish()
+
+    def _is_asleep(self) -> bool:
+        return (Path("/proc") / str(self.process.pid) / "stat").read_text().rpartition(")")[2].split()[0] == "S"
 
     def finish(self) -> tuple[int, str, str]:
         """Wait for its end; its status, and what it printed meanwhile."""

@@ -651,8 +651,7 @@ def test_ctrl_c_at_random_moments_leaves_nobody_behind():
         """)
         pid = int(program.line())
         threading.Event().wait(randoms.random() * 0.002)
-        program.interrupt()
-        assert program.finish()[:2] == (0, "interrupted\n")
+        assert program.interrupt_until_it_ends()[:2] == (0, "interrupted\n")
         assert not is_living(pid)
 
 

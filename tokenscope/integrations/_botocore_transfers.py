@@ -19,7 +19,7 @@ from botocore.response import StreamingBody
 from tokenscope._core import token as tokens
 from tokenscope._core.current import current_token, shield, use_token
 from tokenscope._core.errors import Cancelled
-from tokenscope.integrations._urllib3_binding import decide
+from tokenscope.integrations._binding import decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
+from tokenscope.integrations._binding import check_token, decide, under
 from tokenscope.integrations._httpx_stream import Backend, Stream
-from tokenscope.integrations._urllib3_binding import check_token, decide, under
 from tokenscope.sync import Semaphore
 
 if TYPE_CHECKING:

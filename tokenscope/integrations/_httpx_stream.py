@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import Cancelled
-from tokenscope.integrations._urllib3_binding import Binding
+from tokenscope.integrations._binding import Binding
 from tokenscope.net import Guard, connect_guarded
 from tokenscope.net.handshake import close_half_made
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
-from tokenscope.integrations._urllib3_binding import under
+from tokenscope.integrations._binding import under
 
 if TYPE_CHECKING:
     from collections.abc import Callable

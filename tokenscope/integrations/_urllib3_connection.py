@@ -11,7 +11,7 @@ from urllib3.util import connection as util_connection
 
 from tokenscope._core._typing import override
 from tokenscope._core.errors import Cancelled
-from tokenscope.integrations._urllib3_binding import Binding
+from tokenscope.integrations._binding import Binding
 from tokenscope.net import Guard, GuardedSocket, connect_guarded
 from tokenscope.net.handshake import close_half_made
 

@@ -10,7 +10,7 @@ from urllib3.util import Retry
 from tokenscope._core._typing import override
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
-from tokenscope.integrations._urllib3_binding import decide
+from tokenscope.integrations._binding import decide
 from tokenscope.integrations._urllib3_connection import (
     GuardedConnection,
     GuardedHTTPConnection,

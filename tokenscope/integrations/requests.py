@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from tokenscope._core._typing import override
 from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
+from tokenscope.integrations._binding import check_token, decide, under
 from tokenscope.integrations._missing import needs
-from tokenscope.integrations._urllib3_binding import check_token, decide, under
 from tokenscope.integrations.urllib3 import PATCHES, guard_manager, is_guarded
 
 with needs("requests"):

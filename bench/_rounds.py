@@ -97,6 +97,8 @@ def _play(contest: Contest, size: Size) -> dict[str, list[float]]:
 
 def _judge(row: Row, values: dict[str, list[float]], contest: Contest) -> Result:
     medians = {name: statistics.median(found) for name, found in values.items()}
+    if row.ours not in medians:
+        return Result(row, note=contest.missing[row.ours])
     result = Result(row, ours=medians[row.ours])
     if row.peer in values:
         pairs = zip(values[row.ours], values[row.peer], strict=True)

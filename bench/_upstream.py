@@ -1,7 +1,8 @@
-"""An HTTP server in a process of its own: `/quick` answers at once, `/slow` late, `/silent` never.
+"""An HTTP server in a process of its own: `/quick` answers at once, `/slow` late, `/half` half, `/silent...` never.
 
-Run as a program it listens on a free port, writes the number on its standard output, then one ``.`` for each
-silent request that it has read. It ends when its standard input does.
+Run as a program it listens on a free port and writes the number on its standard output; then, for each request that it
+will not answer to the end, ``hanging`` once it is read, and ``gone``, with the time, once its client has left. It ends
+when its standard input does.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import asyncio
 import contextlib
 import os
 import random
+import select
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello"
+HALF = ANSWER.replace(b"Length: 5", b"Length: 10")
+PATIENCE = 10.0  # seconds until a client that should have left has not
 
 
 class Peer(asyncio.Protocol):
@@ -28,6 +33,7 @@ class Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._heard = b""
+        self._hanging = False
 
     def data_received(self, data: bytes) -> None:
         self._heard += data
@@ -42,7 +48,23 @@ class Peer(asyncio.Protocol):
         elif path == b"/slow":
             asyncio.get_running_loop().call_later(random.uniform(0, 0.01), self._transport.write, ANSWER)
         else:
-            os.write(1, b".")
+            if path == b"/half":
+                self._transport.write(HALF)
+            self._hanging = True
+            os.write(1, b"hanging\n")
+
+    def eof_received(self) -> None:
+        self._gone()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._gone()
+
+    def _gone(self) -> None:
+        """A FIN or a reset, whichever comes first."""
+        if self._hanging:
+            self._hanging = False
+            # The wall clock is the only one that two processes share by contract.
+            os.write(1, f"gone {time.time()!r}\n".encode())
 
 
 async def _serve() -> None:
@@ -59,10 +81,19 @@ class Upstream:
     """The running server, seen from the process that measures."""
 
     port: int
-    news: BinaryIO  # one byte for each silent request
+    news: BinaryIO
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
+
+    def expect(self, word: str) -> str:
+        """Wait for the next of the news, which has to be this; what it says besides."""
+        if not select.select([self.news], [], [], PATIENCE)[0]:
+            raise TimeoutError(f"the server did not say {word!r}")
+        said, _, rest = _line(self.news).decode().strip().partition(" ")
+        if said != word:
+            raise RuntimeError(f"the server said {said!r}, not {word!r}")
+        return rest
 
 
 @contextlib.contextmanager
@@ -83,7 +114,7 @@ def _line(news: BinaryIO) -> bytes:
     while not line.endswith(b"\n"):
         byte = news.read(1)
         if not byte:
-            raise RuntimeError("the upstream server did not start")
+            raise RuntimeError("the upstream server has ended")
         line += byte
     return line
 

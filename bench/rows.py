@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bench import scopes, servers, tokens, upstreams
+from bench import cancels, scopes, servers, tokens, upstreams
 
-ROWS = (*tokens.ROWS, *scopes.ROWS, *upstreams.ROWS, *servers.ROWS, *upstreams.LEAKS, *servers.LEAKS)
+ROWS = (*tokens.ROWS, *scopes.ROWS, *cancels.ROWS, *upstreams.ROWS, *servers.ROWS, *upstreams.LEAKS, *servers.LEAKS)

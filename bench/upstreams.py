@@ -1,120 +1,32 @@
-"""Rows about `requests`: how soon a cancel reaches a blocked call, and what the adapter costs."""
+"""Rows about HTTP clients: what it costs that their calls can be cancelled, and what cancels leave behind."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import requests
-
 import tokenscope
-from bench._peers import Peers
-from bench._rounds import percentile, woven
+from bench._rounds import woven
 from bench._table import Bar, Contest, Row, Size
-from bench._upstream import Upstream, upstream
+from bench._upstream import upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SETTLE = 0.003  # seconds from "the server has read the request" until its client surely waits for the answer
-
 
 @contextlib.contextmanager
-def cancel(size: Size) -> Iterator[Contest]:
-    """A call waits for headers that never come: from the cancel to the exception in it, milliseconds."""
-    peers = Peers(httpx="httpx")
-    trials = size.of(60, 3)
-    with upstream() as server:
-
-        def play() -> dict[str, float]:
-            found = {"ours": _cancelled_threads(server, trials)}
-            if peers.httpx:
-                found["httpx"] = asyncio.run(_cancelled_tasks(peers.httpx, server, trials, far=False))
-                found["httpx from a thread"] = asyncio.run(_cancelled_tasks(peers.httpx, server, trials, far=True))
-            values = {}
-            for name, latencies in found.items():
-                values[name] = percentile(latencies, 0.5)
-                values[f"{name} p99"] = percentile(latencies, 0.99)
-            return values
-
-        yield Contest(play, peers.missing)
-
-
-def _cancelled_threads(server: Upstream, trials: int) -> list[float]:
-    from tokenscope.integrations.requests import Session
-
-    with Session() as session:
-        return [_cancelled_thread(session, server) for _ in range(trials)]
-
-
-def _cancelled_thread(session: requests.Session, server: Upstream) -> float:
-    ended: list[float] = []
-
-    def call() -> None:
-        try:
-            session.get(server.url("/silent"))
-        except tokenscope.Cancelled:
-            ended.append(time.perf_counter())
-            raise
-
-    with tokenscope.ThreadScope() as scope:
-        scope.spawn(call)
-        server.news.read(1)
-        time.sleep(SETTLE)
-        start = time.perf_counter()
-        scope.cancel()
-    return (ended[0] - start) * 1e3
-
-
-async def _cancelled_tasks(httpx: Any, server: Upstream, trials: int, *, far: bool) -> list[float]:
-    async with httpx.AsyncClient(timeout=None) as client:
-        return [await _cancelled_task(client, server, far=far) for _ in range(trials)]
-
-
-async def _cancelled_task(client: Any, server: Upstream, *, far: bool) -> float:
-    ended: list[float] = []
-
-    async def call() -> None:
-        try:
-            await client.get(server.url("/silent"))
-        except asyncio.CancelledError:
-            ended.append(time.perf_counter())
-            raise
-
-    loop = asyncio.get_running_loop()
-    task = asyncio.create_task(call())
-    await loop.run_in_executor(None, server.news.read, 1)
-    await asyncio.sleep(SETTLE)
-    start = time.perf_counter()
-    if far:
-        start = await loop.run_in_executor(None, _cancel_from_here, loop, task)
-    else:
-        task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    return (ended[0] - start) * 1e3
-
-
-def _cancel_from_here(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> float:
-    start = time.perf_counter()
-    loop.call_soon_threadsafe(task.cancel)
-    return start
-
-
-@contextlib.contextmanager
-def keep_alive(size: Size) -> Iterator[Contest]:
+def keep_alive(size: Size, *, client: str) -> Iterator[Contest]:
     """One request after the other on one kept-alive connection, requests a second."""
-    from tokenscope.integrations.requests import Session
-
     block, blocks = size.of(25, 5), size.of(16, 2)
-    with upstream() as server, requests.Session() as plain, Session() as ours, tokenscope.ThreadScope():
+    plain_kind, our_kind = _CLIENTS[client]()
+    with upstream() as server, plain_kind() as plain, our_kind() as ours, tokenscope.ThreadScope():
+        url = server.url("/quick")
 
-        def asking(session: requests.Session) -> Callable[[], int]:
+        def asking(client: Any) -> Callable[[], int]:
             def ask() -> int:
                 for _ in range(block):
-                    session.get(server.url("/quick"))
+                    client.get(url)
                 return block
 
             return ask
@@ -123,6 +35,25 @@ def keep_alive(size: Size) -> Iterator[Contest]:
         for ask in contenders.values():
             ask()
         yield Contest(woven(blocks, **contenders))
+
+
+def _requests() -> tuple[Any, Any]:
+    import requests
+
+    from tokenscope.integrations.requests import Session
+
+    return requests.Session, Session
+
+
+def _httpx() -> tuple[Any, Any]:
+    import httpx
+
+    from tokenscope.integrations.httpx import Client
+
+    return httpx.Client, Client
+
+
+_CLIENTS = {"requests": _requests, "httpx": _httpx}
 
 
 @contextlib.contextmanager
@@ -149,33 +80,16 @@ def _leak_run(cancels: int) -> dict[str, float]:
         }
 
 
-ROWS = (
+ROWS = tuple(
     Row(
-        "cancel-p50",
-        "cancel -> exception in a blocked requests call, p50",
-        "ms",
-        Bar("<=", 1.0),
-        cancel,
-        peer="httpx",
-        also=("httpx from a thread",),
-    ),
-    Row(
-        "cancel-p99",
-        "the same, p99",
-        "ms",
-        Bar("<", 10, "ms"),
-        cancel,
-        ours="ours p99",
-        also=("httpx p99",),
-    ),
-    Row(
-        "keep-alive",
-        "keep-alive requests through the adapter",
+        f"keep-alive-{client}",
+        f"keep-alive requests through our {client}",
         "req/s",
         Bar(">=", 0.95),
-        keep_alive,
+        partial(keep_alive, client=client),
         peer="plain",
-    ),
+    )
+    for client in _CLIENTS
 )
 LEAKS = (
     Row(

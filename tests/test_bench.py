@@ -24,6 +24,17 @@ CORE = {
     "slow-callback",
     "offload",
 }
+HTTP = {
+    *(
+        f"{what}{phase}-{client}{share}"
+        for what in ("cancel", "close")
+        for phase, clients in (("", ("requests", "httpx", "openai", "anthropic")), ("-body", ("requests", "httpx")))
+        for client in clients
+        for share in ("", "-p99")
+    ),
+    "keep-alive-requests",
+    "keep-alive-httpx",
+}
 ABOUT = {"tokenscope", "python", "machine", "cpus", "load", "at", "rounds", "quick"}
 ROW = {"name", "what", "unit", "peer_name", "ours", "peer", "ratio", "bar", "met", "also", "note", "rounds"}
 
@@ -58,6 +69,38 @@ def test_a_row_of_the_core_runs(core, name):
     assert row["rounds"]["ours" if name != "check-deep" else "deep"], row
     assert row["peer"] or row["peer_name"] is None or "not installed" in row["note"], row
     assert any(line.split()[:1] == [name] for line in printed.splitlines()), printed
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory):
+    """What a quick run of the rows about HTTP clients writes, with two libraries missing."""
+    folder = tmp_path_factory.mktemp("bench")
+    for library in ("aiohttp", "anthropic"):
+        text = f"raise ModuleNotFoundError('No module named {library}', name='{library}')"
+        (folder / f"{library}.py").write_text(text, encoding="utf-8")
+    file = folder / "numbers.json"
+    done = bench("--quick", "--json", str(file), *(f"--only={name}" for name in HTTP), PYTHONPATH=str(folder))
+    assert done.returncode == 1, done.stdout + done.stderr  # what was to be measured is not there
+    return {row["name"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in HTTP if "anthropic" not in name))
+def test_a_row_about_http_clients_runs(http, name):
+    """Each of our HTTP clients is measured beside its peer; a peer that is missing is said in the row."""
+    row = http[name]
+    assert row["ours"] > 0, row
+    assert row["peer"] > 0, row
+    assert row["met"] is not None
+    assert name.startswith("keep-alive") or "aiohttp is not installed" in row["note"], row
+
+
+def test_a_client_that_is_missing_hides_no_other(http):
+    """A client of ours whose library is not installed leaves rows that say so, and nothing else is lost."""
+    assert http.keys() == HTTP
+    for name in (name for name in HTTP if "anthropic" in name):
+        assert http[name]["ours"] is None
+        assert "anthropic" in http[name]["note"]
+        assert "install" in http[name]["note"]
 
 
 def test_the_json_has_the_documented_shape(core):

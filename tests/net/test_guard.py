@@ -390,3 +390,23 @@ def test_cancel_of_an_unconnected_socket_is_harmless():
         with use_token(token), pytest.raises(Cancelled):
             guard.check()
         guard.release()
+
+
+@pytest.mark.parametrize("default", [None, 5])
+@pytest.mark.parametrize("timeout", [None, 0, 5])
+def test_making_guards_leaves_the_mode_of_the_socket_alone(pair, timeout, default):
+    """The duplicate shares the mode with the socket, whose timeout may have changed since the first guard was made."""
+    near, _far = pair
+    near.settimeout(0 if timeout is None else None)
+    first = Guard(near)
+    near.settimeout(timeout)
+    blocking = os.get_blocking(near.fileno())
+    old = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(default)
+    try:
+        guards = first, Guard(near), first.twin()
+    finally:
+        socket.setdefaulttimeout(old)
+    assert os.get_blocking(near.fileno()) is blocking
+    for guard in guards:
+        guard.release()

@@ -59,6 +59,7 @@ __all__ = ["Guard"]
 # reads.
 _ABORT = struct.pack("ii", 1, 0)
 _SIOCOUTQNSD = 0x894B  # Linux: how many bytes of the send queue have not left this machine
+_MODE_IS_SET = getattr(socket, "SOCK_NONBLOCK", 0)
 
 
 class Guard:
@@ -311,6 +312,11 @@ class Guard:
 
 def _duplicate(sock: socket.socket) -> socket.socket:
     """As ``sock.dup()``, which an `ssl.SSLSocket` refuses: this one only shuts down, below TLS."""
-    twin = socket.socket(sock.family, sock.type, sock.proto, fileno=os.dup(sock.fileno()))
-    twin.settimeout(sock.gettimeout())  # a default timeout would have changed the mode of both
+    # Both have one mode, blocking or not, and it is the owner's to change: perhaps at this very moment. A new object
+    # sets the mode that goes with the default timeout, unless its type says that the mode is set already (CPython,
+    # Modules/socketmodule.c, init_sockobject).
+    blocking = os.get_blocking(sock.fileno())
+    twin = socket.socket(sock.family, sock.type | _MODE_IS_SET, sock.proto, fileno=os.dup(sock.fileno()))
+    if not _MODE_IS_SET:
+        os.set_blocking(twin.fileno(), blocking)
     return twin

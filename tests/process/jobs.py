@@ -81,6 +81,7 @@ ENDS = {
     "SIGABRT": os.abort,
     "SIGSEGV": functools.partial(ctypes.string_at, 0),
     "SIGKILL": functools.partial(signal.raise_signal, signal.SIGKILL),
+    "signal 40": functools.partial(signal.raise_signal, 40),
 }
 
 

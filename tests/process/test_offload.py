@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import traceback
 from pathlib import Path
 
 import jobs
@@ -62,6 +63,12 @@ class Call:
         found = self._outcome.get(timeout=WAIT)
         self._thread.join(WAIT)
         return found
+
+
+def functions_of(thread):
+    """The names of the functions that it is in."""
+    frame = sys._current_frames().get(thread.ident)
+    return [summary.name for summary in traceback.extract_stack(frame)]
 
 
 # --- there and back ----------------------------------------------------------------------------------------------
@@ -207,6 +214,44 @@ def test_a_cancel_kills_exactly_its_worker_and_all_that_it_started(tmp_path):
     assert is_living(beside.outcome())
 
 
+def test_a_cancel_kills_a_worker_that_does_not_take_its_argument():
+    """More than a socket holds, for a process that reads nothing: the caller is blocked in sending, and comes back."""
+    pid = offload(jobs.here)
+    os.kill(pid, signal.SIGSTOP)
+    call = Call(jobs.echo, b"x" * 8_000_000)
+    until(lambda: not _pool.pool()._idle, "the call to have its worker")
+    until(lambda: "_send" in functions_of(call._thread), "the call to be sending")
+    call.token.cancel()
+    error = call.outcome()
+    assert type(error) is Cancelled
+    assert not is_living(pid)
+
+
+def test_a_cancel_continues_a_fork_server_that_somebody_has_stopped(tmp_path):
+    """Only the fork server can end a worker; stopped, it would keep the cancelled caller for ever."""
+    call = Call(jobs.hang, tmp_path / "pid")
+    pid = jobs.announced(tmp_path / "pid")
+    (server,) = children()
+    os.kill(server, signal.SIGSTOP)
+    call.token.cancel()
+    assert type(call.outcome()) is Cancelled
+    assert not is_living(pid)
+    assert children() == [server]
+
+
+def test_the_pool_closes_though_its_fork_server_was_stopped():
+    """It is continued, and leaves."""
+    offload(jobs.here)
+    (server,) = children()
+    _pool.pool()._idle.pop().end()
+    os.kill(server, signal.SIGSTOP)
+    os.waitid(os.P_PID, server, os.WSTOPPED | os.WNOWAIT)
+    closing = threading.Thread(target=_pool.pool().close)
+    closing.start()
+    closing.join(WAIT)
+    assert not is_living(server)
+
+
 def test_a_killed_worker_is_replaced(tmp_path):
     """The next call runs, in another process."""
     first = offload(jobs.here)
@@ -281,7 +326,7 @@ def test_a_worker_that_dies_is_an_error_with_its_status(what):
     with pytest.raises(OffloadError, match=what) as caught:
         offload(jobs.ENDS[what], name="risky")
     assert "risky" in str(caught.value)
-    assert caught.value.returncode == (3 if "3" in what else -getattr(signal, what))
+    assert caught.value.returncode == {"exit code 3": 3, "signal 40": -40}.get(what) or -getattr(signal, what)
     assert offload(jobs.echo) == ()
 
 

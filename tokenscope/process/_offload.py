@@ -156,10 +156,17 @@ def _died(ended: _wire.Ended, title: str) -> OffloadError:
     if code == -signal.SIGKILL:
         how = "was killed by SIGKILL; the system does that when memory runs out"
     elif code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
+        how = f"was killed by {_signal_name(-code)}"
     else:
         how = f"ended with exit code {code}"
     return OffloadError(f"offload {title}: process {ended.pid} {how}", code)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
 
 
 def _outcome(answer: _wire.Answer, title: str) -> Any:

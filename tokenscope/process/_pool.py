@@ -21,6 +21,7 @@ import contextlib
 import os
 import pickle
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from tokenscope._core import _primitives
+from tokenscope._core import _primitives, clock
 from tokenscope._core import token as tokens
 from tokenscope.process import _wire
 from tokenscope.process._waiting import wait_ready
@@ -41,14 +42,17 @@ __all__ = ["KEPT", "Pool", "Worker", "pool"]
 #: So many idle workers are kept.
 KEPT = 4
 
+_SILENCE = 1.0  # seconds without a word from the fork server, after which its owner looks whether it was stopped
+
 
 class Worker:
     """Our end of a worker."""
 
-    def __init__(self, job: socket.socket, line: socket.socket) -> None:
+    def __init__(self, job: socket.socket, line: socket.socket, server: _Server) -> None:
         job.setblocking(False)
         self._job = job
         self._line = line
+        self._server = server
         self._ready = {job.fileno(): select.POLLIN, line.fileno(): select.POLLIN}
 
     def is_there(self) -> bool:
@@ -107,6 +111,8 @@ class Worker:
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._line.send(b"!", socket.MSG_NOSIGNAL)
+            while not wait_ready({self._line.fileno(): select.POLLIN}, clock.now() + _SILENCE):
+                self._server.go_on()
             told = _wire.receive(self._line)
             return _wire.Ended() if told is None else pickle.loads(told)  # noqa: S301  # from our server
         finally:
@@ -134,9 +140,16 @@ class _Server:
     def ask_for_worker(self, *ends: socket.socket) -> None:
         socket.send_fds(self.control, [b"!"], [end.fileno() for end in ends], socket.MSG_NOSIGNAL)
 
+    def go_on(self) -> None:
+        """Continue it if somebody has stopped it (SIGSTOP): nobody else could end its workers."""
+        with contextlib.suppress(ChildProcessError):  # not ours, or reaped: its number may be another's
+            if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT):
+                os.kill(self.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """Have it end its workers and itself, and wait for it."""
         self.control.close()
+        self.go_on()
         with contextlib.suppress(ChildProcessError):  # somebody else has reaped it
             os.waitpid(self.pid, 0)
 
@@ -195,19 +208,19 @@ class Pool:
         job, job_there = self._pair()
         line, line_there = self._pair()
         try:
-            with job_there, line_there, self._lock: self._ask_for_worker_locked(job_there, line_there)  # fmt: skip
+            with job_there, line_there, self._lock: server = self._ask_locked(job_there, line_there)  # fmt: skip
         except BaseException:
             job.close()
             line.close()
             raise
-        return Worker(job, line)
+        return Worker(job, line, server)
 
     def _pair(self) -> tuple[socket.socket, socket.socket]:
         both = socket.socketpair()
         self._sockets.update(both)
         return both
 
-    def _ask_for_worker_locked(self, *ends: socket.socket) -> None:
+    def _ask_locked(self, *ends: socket.socket) -> _Server:
         if self._server is not None:
             try:
                 self._server.ask_for_worker(*ends)
@@ -215,9 +228,10 @@ class Pool:
                 dead, self._server = self._server, None
                 dead.stop()
             else:
-                return
+                return self._server
         self._server = _Server(*self._pair())
         self._server.ask_for_worker(*ends)
+        return self._server
 
     def close(self) -> None:
         """End all idle workers and the fork server, which ends the others. The next call starts anew."""

@@ -108,6 +108,8 @@ class Driver:
         roll_back: Called with a connection on its owner's thread, if so.
         close: Called with a connection on its owner's thread, if not.
         hang_up: Called with a connection by any thread, when stopping did not help: break it.
+        after_stop: Called with a connection on its owner's thread when a call has ended that was stopped, however it
+            ended.
         midway: Called with a connection on its owner's thread: whether it is in the middle of an answer
             that somebody has to read to its end.
         certain: A call that returns although it was stopped has really succeeded.
@@ -118,6 +120,7 @@ class Driver:
     roll_back: Callable[[Any], object]
     close: Callable[[Any], object]
     hang_up: Callable[[Any], object] | None = None
+    after_stop: Callable[[Any], object] | None = None
     midway: Callable[[Any], bool] = _never
     certain: bool = True
 
@@ -173,8 +176,8 @@ class Guard:
             Cancelled: The token was cancelled before, and nothing was done; or meanwhile, and the call was cut,
                 with the driver's error as the ``__cause__``.
         """
-        token = current_token()
-        if token is tokens.NEVER or standing_back() or self._pid != os.getpid():
+        token = self.token()
+        if token is tokens.NEVER:
             return operation(*args, **kwargs)
         call = _Call(token)
         try:
@@ -189,6 +192,10 @@ class Guard:
         if call.fired and (call.in_doubt or not self._driver.certain):
             self._settle(call, None)
         return answer
+
+    def token(self) -> CancellationToken:
+        """The token that ends a call which begins now; `tokens.NEVER` if none does."""
+        return tokens.NEVER if standing_back() or self._pid != os.getpid() else current_token()
 
     def statement(self, sql: object, operation: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """As `call`, `commit` or `rollback`, by what the statement says."""
@@ -250,6 +257,9 @@ class Guard:
         with self._lock: self._remove_locked(call)  # fmt: skip
         if call.ended is not None:
             call.ended.set()
+        if call.fired and self._driver.after_stop is not None:
+            with uninterruptible():
+                self._try("reset", self._driver.after_stop, self._connection())
 
     def _remove_locked(self, call: _Call) -> None:
         _primitives.discard(self._calls, call)

@@ -10,10 +10,12 @@ compat:       tests/integrations/test_sqlite3.py
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sqlite3
 import sys
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from tokenscope._core._typing import override
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
     from typing import Self
+
+    from tokenscope._core.token import CancellationToken
 
 __all__ = ["Connection", "Cursor", "connect"]
 
@@ -53,7 +57,8 @@ class Connection(sqlite3.Connection):
     """`sqlite3.Connection` whose calls end with the current token.
 
     A blocked call raises `Cancelled`; the error of SQLite is its ``__cause__``. Then the transaction has been rolled
-    back, all of it, and the connection is as good as before. ``commit`` is refused if the token is cancelled, and is
+    back, all of it, and the connection is as good as before; what other cursors had read half can only be asked anew,
+    and open blobs are closed. ``commit`` is refused if the token is cancelled, and is
     not interrupted once it has begun; ``rollback`` always works. Outside of any scope nothing is interrupted.
 
     SQLite interrupts whatever a connection does: let no two requests share one at the same time. As thread-safe as
@@ -66,6 +71,8 @@ class Connection(sqlite3.Connection):
         super().__init__(database, timeout=min(timeout, _SLICE), **options)
         self._patience = timeout
         self._guard = Guard(self, _DRIVER)
+        self._cursors: weakref.WeakSet[Cursor] = weakref.WeakSet()
+        self._blobs: weakref.WeakSet[sqlite3.Blob] = weakref.WeakSet()
 
     @override
     def cursor(self, factory: Any = None) -> Any:
@@ -95,6 +102,7 @@ class Connection(sqlite3.Connection):
     def blobopen(self, *args: Any, **options: Any) -> sqlite3.Blob:
         """As the standard library's."""
         blob: sqlite3.Blob = self._guard.call(self._waiting_for_locks, super().blobopen, *args, **options)
+        self._blobs.add(blob)
         return blob
 
     @override
@@ -176,6 +184,16 @@ class Connection(sqlite3.Connection):
                 if not waited or now >= end or token.cancelled:
                     raise
 
+    def _end_what_is_half_read(self) -> None:
+        """As long as a query is read half, or a blob is open, an interrupt ends all that the connection is asked.
+
+        Source: https://www.sqlite.org/c3ref/interrupt.html
+        """
+        for cursor in tuple(self._cursors):
+            cursor._tear()  # noqa: SLF001  # one machine in two classes
+        for blob in tuple(self._blobs):
+            blob.close()
+
     def _run_script(self, run: Callable[[str], object], script: str) -> None:
         """Run what cannot be tried again: SQLite does all of the waiting itself."""
         pragma = self.cursor()
@@ -196,18 +214,22 @@ class Cursor(sqlite3.Cursor):
         self._guard = connection._guard  # noqa: SLF001  # one machine in two classes
         self._waiting = connection._waiting_for_locks  # noqa: SLF001
         self._was_held_up = False
+        self._is_torn = False  # a cancel ended the query; as it described itself until then:
+        self._described: Any = None
+        connection._cursors.add(self)  # noqa: SLF001  # as above
 
     @override
     def execute(self, sql: str, *parameters: Any) -> Self:
         """As the standard library's. COMMIT and ROLLBACK are treated as the methods of the connection are."""
-        self._was_held_up = False
+        self._was_held_up = self._is_torn = False
         self._guard.statement(sql, self._waiting, super().execute, sql, *parameters)
         return self
 
     @override
     def executemany(self, sql: str, parameters: Any) -> Self:
         """As the standard library's; ``rowcount`` is -1 if it had to wait for a lock in the middle."""
-        rows = _Rows(parameters)
+        self._is_torn = False
+        rows = _Rows(parameters, self._guard.token())
         self._guard.call(self._waiting, super().executemany, sql, rows)
         self._was_held_up = rows.were_held_up
         return self
@@ -219,8 +241,14 @@ class Cursor(sqlite3.Cursor):
         Raises:
             Cancelled: The current token is cancelled. What the script has committed by then stays.
         """
+        self._is_torn = False
         self._guard.call(self.connection._run_script, super().executescript, sql_script)  # noqa: SLF001
         return self
+
+    @property
+    def description(self) -> Any:
+        """As the standard library's."""
+        return self._described if self._is_torn else super().description
 
     @property
     def rowcount(self) -> int:
@@ -230,26 +258,42 @@ class Cursor(sqlite3.Cursor):
     @override
     def fetchone(self) -> Any:
         """As the standard library's."""
-        return self._guard.call(super().fetchone)
+        return self._guard.call(self._fetch, super().fetchone)
 
     @override
     def fetchmany(self, size: int | None = None) -> list[Any]:
         """As the standard library's."""
-        rows: list[Any] = self._guard.call(super().fetchmany, self.arraysize if size is None else size)
+        rows: list[Any] = self._guard.call(self._fetch, super().fetchmany, self.arraysize if size is None else size)
         return rows
 
     @override
     def fetchall(self) -> list[Any]:
         """As the standard library's."""
-        rows: list[Any] = self._guard.call(super().fetchall)
+        rows: list[Any] = self._guard.call(self._fetch, super().fetchall)
         return rows
 
     @override
     def __next__(self) -> Any:
-        row = self._guard.call(next_or_end, super().__next__)
+        row = self._guard.call(self._fetch, next_or_end, super().__next__)
         if row is END:
             raise StopIteration
         return row
+
+    def _fetch(self, fetch: Callable[..., Any], *args: Any) -> Any:
+        if self._is_torn:  # SQLite would say that there are no more rows
+            raise sqlite3.OperationalError("a cancel ended this query before all of its rows were read")
+        return fetch(*args)
+
+    def _tear(self) -> None:
+        """End the query, if there is one, and let nobody take what was read of it for the whole."""
+        described = super().description
+        if described is not None and not self._is_torn:
+            self._is_torn = True
+            self._described = described
+            # First thing it ends the query before. Then it may fail: interrupted itself, as long as another query is
+            # read half; the cursor is closed, or in use by a frame above this one.
+            with contextlib.suppress(sqlite3.Error):
+                super().execute("")
 
 
 def _cancellable(factory: Any) -> Any:
@@ -264,10 +308,15 @@ def _cancellable(factory: Any) -> Any:
 
 
 class _Rows:
-    """The rows for an `executemany`, which may be begun again at the row that had to wait for a lock."""
+    """The rows for an `executemany`, which may be begun again at the row that had to wait for a lock.
 
-    def __init__(self, rows: Iterable[Any]) -> None:
+    Each row is a statement of its own to SQLite, and mostly too short for an interrupt to meet it. So the rows end
+    with the token.
+    """
+
+    def __init__(self, rows: Iterable[Any], token: CancellationToken) -> None:
         self._rest = iter(rows)
+        self._token = token
         self._current: tuple[Any, ...] = ()
         self._done = 0
         self.were_held_up = False
@@ -276,6 +325,8 @@ class _Rows:
         self.were_held_up = self._done > 0  # begun again: nobody counts any more what came before
         for row in itertools.chain(self._current, self._rest):
             self._current = (row,)
+            if self._token.cancelled:
+                raise sqlite3.OperationalError("interrupted")  # as SQLite says it
             yield row
             self._done += 1
 
@@ -300,6 +351,7 @@ def _roll_back(connection: Connection) -> None:
 
 _DRIVER = Driver(
     stop=sqlite3.Connection.interrupt,
+    after_stop=Connection._end_what_is_half_read,  # noqa: SLF001  # this file's
     is_certain=_is_certain,
     roll_back=_roll_back,
     close=sqlite3.Connection.close,

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from tokenscope.instrument._report import InstrumentReport, UninstrumentReport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tokenscope.integrations._patch import Patches
 
 __all__ = ["InstrumentReport", "UninstrumentReport", "instrument", "uninstrument"]
@@ -41,10 +43,15 @@ class _Entry:
         patches: Patches = importlib.import_module(self.module).PATCHES
         return patches
 
+    def not_reached(self) -> tuple[str, ...]:
+        look: Callable[[], tuple[str, ...]] = getattr(importlib.import_module(self.module), "not_reached", tuple)
+        return look()
+
 
 _TABLE = {
     "requests": _Entry("requests", "tokenscope.integrations.requests", by_default=True),
     "urllib3": _Entry("urllib3", "tokenscope.integrations.urllib3", by_default=True),
+    "time": _Entry("time", "tokenscope.instrument._time", standard=True),
 }
 
 
@@ -55,7 +62,8 @@ def instrument(*names: str) -> InstrumentReport:
     Idempotent, thread-safe.
 
     Args:
-        names: ``"requests"`` and ``"urllib3"``; none means both of them, as far as they are installed.
+        names: ``"requests"`` and ``"urllib3"``; none means both of them, as far as they are installed. By name only:
+            ``"time"``: ``time.sleep`` is a checkpoint, and ends with the token.
 
     Raises:
         ValueError: An unknown name; the message lists those there are. Nothing was changed.
@@ -73,6 +81,7 @@ def instrument(*names: str) -> InstrumentReport:
         already_on=tuple(name for name, was_off in new.items() if not was_off),
         not_installed=tuple(name for name in wanted if name not in there),
         versions={name: _TABLE[name].version for name in there},
+        not_reached=tuple(missed for name in there for missed in _TABLE[name].not_reached()),
     )
 
 

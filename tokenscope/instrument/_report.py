@@ -20,18 +20,22 @@ class InstrumentReport:
         already_on: Names that were on before.
         not_installed: Names whose library is not there; nothing was done for them.
         versions: Of the library behind each name that is on; Python's own for what is of the standard library.
+        not_reached: Names in modules that hold the original, as ``legacy.worker.sleep`` does after ``from time import
+            sleep``: what is called by them is as before. Only what can be seen in modules is listed.
     """
 
     turned_on: tuple[str, ...]
     already_on: tuple[str, ...]
     not_installed: tuple[str, ...]
     versions: Mapping[str, str]
+    not_reached: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return _sentence(
             ("turned on", [f"{name} {self.versions[name]}" for name in self.turned_on]),
             ("already on", [f"{name} {self.versions[name]}" for name in self.already_on]),
             ("not installed", self.not_installed),
+            ("not reached", self.not_reached),
         )
 
 

@@ -80,8 +80,7 @@ class Peer:
         return f"{scheme}://{host}:{self.port}{path}"
 
     def __enter__(self) -> Self:
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port: int = self.listener.getsockname()[1]
+        self.listener = self.listen()
         self.bell, self._ringer = socket.socketpair()
         self._spawn(self._accept)
         return self
@@ -106,6 +105,11 @@ class Peer:
         self.bell.close()
 
     # --- inside ---------------------------------------------------------------------------------------------
+
+    def listen(self) -> socket.socket:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = listener.getsockname()[1]
+        return listener
 
     def _spawn(self, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=f"peer-{self.port}", daemon=True)

@@ -390,8 +390,8 @@ def test_a_map_that_a_child_consumes_while_the_scope_ends_breaks_nothing():
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ((str, 5), TypeError, "iterable"),
-        ((str, None), TypeError, "iterable"),
+        ((str, 5), TypeError, r"map\(\) takes an iterable, not 5"),
+        ((str, None), TypeError, r"map\(\) takes an iterable, not None"),
         (("str", []), TypeError, "callable"),
         ((None, []), TypeError, "callable"),
     ],

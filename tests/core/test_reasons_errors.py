@@ -276,6 +276,8 @@ BAD = {
     "on_cancel of a result": (TypeError, lambda: CancellationToken().on_cancel(3)),
     "on_cancel outside of all scopes": (TypeError, lambda: tokenscope.current_token().on_cancel(3)),
     "guard of no iterable": (TypeError, lambda: CancellationToken().guard(3)),
+    "a limit's name that is no str": (TypeError, lambda: tokenscope.fail_after(1, name=3)),
+    "another limit's name that is no str": (TypeError, lambda: tokenscope.move_on_after(1, name=3)),
     "use_token of no token": (TypeError, lambda: tokenscope.use_token(None)),
     "bind of no callable": (TypeError, lambda: tokenscope.bind(3)),
     "bind to no token": (TypeError, lambda: tokenscope.bind(print, "token")),
@@ -289,6 +291,12 @@ def test_bad_input_is_refused_at_the_call(what):
     kind, call = BAD[what]
     with pytest.raises(kind):
         call()
+
+
+def test_what_cannot_be_iterated_is_named_with_its_value():
+    """Python's own words for it name neither the call nor the value."""
+    with pytest.raises(TypeError, match=r"guard\(\) takes an iterable, not 3"):
+        CancellationToken().guard(3)
 
 
 def test_a_refused_cancel_cancels_nothing():

@@ -487,6 +487,13 @@ def test_an_extension_is_made_once_for_a_scope():
     assert other == {}
 
 
+def test_what_makes_an_extension_must_be_callable():
+    """A factory that is none is told at the call, with its value."""
+    with ThreadScope() as scope:
+        with pytest.raises(TypeError, match="factory must be callable, not 5"):
+            scope.extension("key", 5)
+
+
 def test_a_scope_that_is_dropped_without_being_left_warns_and_stops_its_children():
     """Its children do not run on unnoticed."""
     import contextvars

@@ -681,6 +681,12 @@ def test_configuration_is_checked_when_the_app_is_set_up(
         make(**config)
 
 
+def test_an_app_that_is_none_of_flasks_is_refused() -> None:
+    """A WSGI app of another kind (or a wrapper around Flask's) is named, with what is wanted."""
+    with pytest.raises(TypeError, match=r"app must be a flask\.Flask, not <function"):
+        TokenScope(lambda environ, start_response: [])  # type: ignore[arg-type]
+
+
 def test_configuration_reaches_the_requests() -> None:
     """TOKENSCOPE_METHODS="all" arms a POST without a decorator."""
     with serving("extension", lambda: (now.set(), block()), lambda f: f, TOKENSCOPE_METHODS="all") as ask:

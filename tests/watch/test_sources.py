@@ -62,7 +62,7 @@ def test_the_explicit_key_wins(sock: socket.socket) -> None:
 def test_a_wrong_explicit_key_is_an_error_not_a_fallback(sock: socket.socket) -> None:
     """What was said explicitly and is wrong is told, instead of watching something else."""
     with tempfile.TemporaryFile() as file:
-        for wrong in (-1, True, "7", file, file.fileno(), 10_000):
+        for wrong in (-1, True, "7", file, file.fileno(), 10_000, 10**40):
             with pytest.raises(NotASocket, match="connection_fd"):
                 find_connection({"tokenscope.connection_fd": wrong, "gunicorn.socket": sock})
 

@@ -311,10 +311,11 @@ def lose_its_epoll(watcher: _watcher.Watcher, server: socket.socket, client: soc
     [
         ({"half_close": "maybe"}, ValueError, "half_close must be 'cancel' or 'ignore', not 'maybe'"),
         ({"on_gone": None}, TypeError, "on_gone must be callable, not None"),
+        ({"connection": 7}, TypeError, r"connection must be what find_connection\(\) found, not 7"),
     ],
 )
 def test_bad_arguments_are_refused_in_words(change: dict, error: type[Exception], words: str) -> None:
-    """A wrong policy and a callback that is none are told at the call."""
+    """A wrong policy, a callback and a connection that are none are told at the call."""
     with tcp_pair() as (server, _), pytest.raises(error, match=words):
         watch(**{"connection": connection(server), "on_gone": print, **change})
 

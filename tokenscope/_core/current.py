@@ -18,6 +18,7 @@ from tokenscope._core.token import (
     NEVER,
     CancellationToken,
     become_boundary,
+    check_name,
     is_cut_of,
     joined,
     retire,
@@ -161,16 +162,24 @@ def fail_after(seconds: float, *, name: str | None = None) -> Boundary:
 
     Raises:
         DeadlineExceeded: On leaving, if the time ran out and cut work short.
-        ValueError, TypeError: ``seconds`` is not a length of time.
+        ValueError, TypeError: ``seconds`` is not a length of time; ``name`` is no str.
     """
-    seconds_or_none = clock.validate_timeout(seconds, "seconds")
-    return Boundary(lambda: current_token().child(timeout=seconds_or_none, name=name))
+    return _limit(seconds, name, move_on=False)
 
 
 def move_on_after(seconds: float, *, name: str | None = None) -> Boundary:
-    """Like `fail_after`, but goes on after the block; look at ``token.cancelled_caught``."""
-    seconds_or_none = clock.validate_timeout(seconds, "seconds")
-    return Boundary(lambda: current_token().child(timeout=seconds_or_none, name=name), move_on=True)
+    """Like `fail_after`, but goes on after the block; look at ``token.cancelled_caught``.
+
+    Raises:
+        ValueError, TypeError: ``seconds`` is not a length of time; ``name`` is no str.
+    """
+    return _limit(seconds, name, move_on=True)
+
+
+def _limit(seconds: float, name: str | None, *, move_on: bool) -> Boundary:
+    timeout = clock.validate_timeout(seconds, "seconds")
+    check_name(name)  # here, and not when the block is entered
+    return Boundary(lambda: current_token().child(timeout=timeout, name=name), move_on=move_on)
 
 
 def shield(timeout: float | None = 30.0) -> Boundary:

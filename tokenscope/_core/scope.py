@@ -52,6 +52,7 @@ from tokenscope._core.token import (
     detach,
     expire_if_due,
     is_cut_of,
+    iterator_of,
     retire,
 )
 
@@ -247,7 +248,8 @@ class ThreadScope:
         _check_positive("limit", limit)
         refuse_as_work("map()", fn)
         self._refuse_if_ended("map() in")
-        mapping = ScopeMap(functools.partial(self.spawn, fn, kind="map"), iter(items), limit=limit, ordered=ordered)
+        source = iterator_of("map()", items)
+        mapping = ScopeMap(functools.partial(self.spawn, fn, kind="map"), source, limit=limit, ordered=ordered)
         self._maps = [link for link in self._maps if link() is not None]
         self._maps.append(weakref.ref(mapping))
         return mapping
@@ -317,7 +319,13 @@ class ThreadScope:
         return self.token.cancel(message, kind=kind, tag=tag, cause=cause)
 
     def extension(self, key: Hashable, factory: Callable[[], T]) -> T:
-        """What an upper floor keeps with this scope under ``key``; made by ``factory()`` the first time."""
+        """What an upper floor keeps with this scope under ``key``; made by ``factory()`` the first time.
+
+        Raises:
+            TypeError: ``factory`` is not callable.
+        """
+        if not callable(factory):
+            raise TypeError(f"factory must be callable, not {factory!r}")
         with _making.enter():
             if self._extensions is None:
                 self._extensions = {}

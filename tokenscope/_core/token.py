@@ -45,11 +45,13 @@ __all__ = [
     "boundary_below",
     "cancel_because_of",
     "cancel_from_library",
+    "check_name",
     "cut_short",
     "detach",
     "expire_if_due",
     "is_cut_of",
     "is_within",
+    "iterator_of",
     "joined",
     "mark_cut_short",
     "raise_if_cancelled",
@@ -87,7 +89,7 @@ class CancellationToken:
     _up: CancellationToken | tuple[CancellationToken, ...] | None
 
     def __init__(self, *, timeout: float | None = None, name: str | None = None) -> None:
-        _check_name(name)
+        check_name(name)
         seconds = clock.validate_timeout(timeout) if timeout is not None else None
         self._blank(Tree(), None, None, name)
         if seconds is not None:
@@ -111,7 +113,7 @@ class CancellationToken:
         """
         # On everyone's path, hence written out: no helper, and the common case first.
         if name is not None:
-            _check_name(name)
+            check_name(name)
         seconds = None if timeout is None else clock.validate_timeout(timeout)
         tree = self._tree
         token = _bare(CancellationToken)
@@ -334,7 +336,7 @@ class CancellationToken:
             Cancelled: From the iteration, at the first item after the cancel.
             TypeError: ``iterable`` is not one.
         """
-        return _guarded(self, iter(iterable))
+        return _guarded(self, iterator_of("guard()", iterable))
 
     # --- as a boundary ------------------------------------------------------------------------------------------
 
@@ -528,7 +530,12 @@ def settle_boundary(token: CancellationToken, error: BaseException | None, *, mo
 # --- the steps ----------------------------------------------------------------------------------------------------
 
 
-def _check_name(name: object) -> None:
+def check_name(name: object) -> None:
+    """Refuse what cannot name a token.
+
+    Raises:
+        TypeError: It is neither a str nor None.
+    """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a str or None, not {name!r}")
 
@@ -571,6 +578,18 @@ def _ancestry(token: CancellationToken) -> Iterator[CancellationToken]:
         seen.add(id(here))
         yield here
         pile += here._parents()
+
+
+def iterator_of(who: str, iterable: Iterable[T]) -> Iterator[T]:
+    """``iter(iterable)``, whose failure says who was given what.
+
+    Raises:
+        TypeError: It is not iterable.
+    """
+    try:
+        return iter(iterable)
+    except TypeError as error:
+        raise TypeError(f"{who} takes an iterable, not {iterable!r}") from error
 
 
 def _guarded(token: CancellationToken, source: Iterator[T]) -> Iterator[T]:

@@ -54,7 +54,7 @@ class TokenScope:
       ``TOKENSCOPE_ON_STRAGGLER``: as for `RequestScopeMiddleware`.
 
     Raises:
-        ValueError, TypeError: An unknown ``TOKENSCOPE_`` key, or a bad value.
+        ValueError, TypeError: An unknown ``TOKENSCOPE_`` key, or a bad value; an ``app`` that is none of Flask's.
         RuntimeError: The app was initialised before.
     """
 
@@ -63,7 +63,9 @@ class TokenScope:
             self.init_app(app)
 
     def init_app(self, app: flask.Flask) -> None:
-        """Guard all requests of ``app``. Call it after the configuration was loaded."""
+        """Guard all requests of ``app``. Call it after the configuration was loaded. Raises as the class."""
+        if not isinstance(app, flask.Flask):
+            raise TypeError(f"app must be a flask.Flask, not {app!r}")
         if "tokenscope" in app.extensions:
             raise RuntimeError(f"TokenScope was set up for {app!r} before")
         settings = _settings_of(app)

@@ -141,7 +141,7 @@ def _number_of(holder: Any) -> int:
 def _is_socket(fd: int) -> bool:
     try:
         return stat.S_ISSOCK(os.fstat(fd).st_mode)
-    except OSError:
+    except (OSError, OverflowError):  # no descriptor, or a number that can be none
         return False
 
 

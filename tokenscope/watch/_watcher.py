@@ -51,11 +51,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tokenscope._core import _primitives, events
 from tokenscope._core.errors import TokenScopeError
+from tokenscope.watch._sources import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from tokenscope.watch._sources import Connection
 
 __all__ = ["CannotWatch", "HalfClose", "Watch", "Watcher", "supported", "watch"]
 
@@ -260,9 +259,11 @@ def watch(connection: Connection, on_gone: Callable[[], object], *, half_close: 
 
     Raises:
         CannotWatch: Not on this platform, not this connection any more, or no descriptor or thread to spare.
-        TypeError: ``on_gone`` is not callable.
+        TypeError: ``connection`` is none, or ``on_gone`` is not callable.
         ValueError: ``half_close`` is neither word.
     """
+    if not isinstance(connection, Connection):
+        raise TypeError(f"connection must be what find_connection() found, not {connection!r}")
     if not callable(on_gone):
         raise TypeError(f"on_gone must be callable, not {on_gone!r}")
     mask = _mask(connection.family, half_close)

@@ -259,9 +259,19 @@ def test_modes_are_kept_where_they_matter():
 
 def test_what_cannot_be_guarded_is_refused_by_name(tmp_path):
     """At the call, with the argument and its value."""
-    for bad in (("host", "80"), ("host",), 7, b"bytes"):
+    for bad in (("host", "80"), ("host", True), ("host",), 7, b"bytes"):
         with pytest.raises(TypeError, match="address must be"):
             net.connect(bad)
+    for port in (-1, 65536, 10**40):
+        with pytest.raises(ValueError, match=f"port of address must be 0 to 65535, not {port}"):
+            net.connect(("127.0.0.1", port))
+    for options in (7, [7], [(1, 2)], "x"):
+        with pytest.raises(TypeError, match="socket_options must be"):
+            net.connect(("127.0.0.1", 1), socket_options=options)
+    with pytest.raises(TypeError, match=r"source_address must be .* not 'here'"):
+        net.connect(("127.0.0.1", 1), source_address="here")
+    with pytest.raises(TypeError, match=r"ssl_context must be .* not True"):
+        net.connect(("127.0.0.1", 1), ssl_context=True)
     with pytest.raises(ValueError, match="server_hostname 'x'"):
         net.connect(("127.0.0.1", 1), server_hostname="x")
     with pytest.raises(TypeError, match="sock must be"):

@@ -193,6 +193,35 @@ def test_bad_arguments_are_named(options, message):
     assert has_no_children()
 
 
+@pytest.mark.parametrize("timeout", ["x", True, float("nan"), 1j])
+def test_a_bad_timeout_is_named_before_anything_starts(timeout, tmp_path):
+    """`run` refuses it at once; `wait` and `communicate` do, and leave the process alone."""
+    trace = tmp_path / "trace"
+    with pytest.raises((ValueError, TypeError), match="timeout must be"):
+        process.run(["touch", str(trace)], timeout=timeout)
+    assert not trace.exists()
+    with process.Popen(["cat"], stdin=PIPE) as child:
+        for ask in (child.wait, lambda timeout: child.communicate(timeout=timeout)):
+            with pytest.raises((ValueError, TypeError), match="timeout must be"):
+                ask(timeout)
+        assert child.poll() is None
+
+
+def test_a_negative_timeout_is_no_time_at_all():
+    """As in `subprocess`."""
+    with process.Popen(["cat"], stdin=PIPE) as child:
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(-1)
+
+
+@pytest.mark.parametrize(("given", "text"), [("a str", False), (5, False), (b"bytes", True), (5, True)])
+def test_an_input_of_the_wrong_kind_is_named(given, text):
+    """The error says what the pipe takes; nothing is left running."""
+    with pytest.raises(TypeError, match=f"input must be .* not {given!r}"):
+        process.run(["cat"], input=given, text=text)
+    assert has_no_children()
+
+
 # --- cancelled ---------------------------------------------------------------------------------------------------
 
 
@@ -272,10 +301,10 @@ def test_a_daemon_has_left_for_good():
         import os, time
         if os.fork() == 0:
             os.setsid()
-            print(os.getpid(), flush=True)
-            if os.fork() == 0:
-                print(os.getpid(), flush=True)
+            pid = os.fork()
+            while pid == 0:
                 time.sleep(1000)
+            print(os.getpid(), pid, flush=True)  # before it ends: what is said after the group's end is not heard
             os._exit(0)
         os.wait()
     """
@@ -293,10 +322,10 @@ def test_a_daemon_that_floods_the_pipe_hangs_nobody():
         import os
         if os.fork() == 0:
             os.setsid()
-            if os.fork() == 0:
-                os.write(2, b"%d\\n" % os.getpid())
-                while True:
-                    os.write(1, b"x" * 65536)
+            pid = os.fork()
+            while pid == 0:
+                os.write(1, b"x" * 65536)
+            os.write(2, b"%d\\n" % pid)  # before it ends: what is said after the group's end is not heard
             os._exit(0)
         os.wait()
     """

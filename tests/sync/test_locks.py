@@ -51,6 +51,33 @@ def test_bad_arguments_are_those_of_threading(a_lock):
     a_lock.release()
 
 
+REFUSED = {
+    "value must be an int, not 'x'": lambda: sync.Semaphore("x"),
+    "value must be an int, not nan": lambda: sync.BoundedSemaphore(float("nan")),
+    "value must be 0 or more, not -1": lambda: sync.Semaphore(-1),
+    "n must be an int, not 1.5": lambda: sync.Semaphore().release(1.5),
+    "n must be 1 or more, not 0": lambda: sync.Semaphore().release(0),
+    "parties must be an int, not None": lambda: sync.Barrier(None),
+    "parties must be 1 or more, not 0": lambda: sync.Barrier(0),
+    "action must be callable or None, not 5": lambda: sync.Barrier(1, 5),
+    "timeout must be a number of seconds or None, not 'x'": lambda: sync.Barrier(1, timeout="x"),
+    r"lock must have acquire\(\) and release\(\), not 5": lambda: sync.Condition(5),
+    "predicate must be callable, not True": lambda: sync.Condition().wait_for(True),
+    "n must be an int, not 'all'": lambda: sync.Condition().notify("all"),
+    "n must be 0 or more, not -1": lambda: sync.Condition().notify(-1),
+    "maxsize must be an int, not None": lambda: sync.Queue(None),
+    "maxsize must be an int, not '5'": lambda: sync.PriorityQueue("5"),
+    "maxsize must be an int, not True": lambda: sync.LifoQueue(True),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_counted_or_called_is_named_with_its_value(message):
+    """Where `threading` and `queue` fail later, or with words of Python's own, the call itself says what is wrong."""
+    with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
+        REFUSED[message]()
+
+
 def test_nobody_overtakes():
     """A lock that is let go while somebody waits is that thread's; who comes by does not get it."""
     it = sync.Lock()

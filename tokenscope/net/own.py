@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["connect", "guarded"]
 
+_LAST_PORT = 65535
+
 
 def connect(
     address: tuple[str, int] | StrPath,
@@ -56,6 +58,11 @@ def connect(
     """
     seconds = clock.validate_timeout(timeout)
     host = _host(address)
+    options = _options(socket_options)
+    if source_address is not None and not isinstance(source_address, tuple):
+        raise TypeError(f"source_address must be (host, port), not {source_address!r}")
+    if ssl_context is not None and not isinstance(ssl_context, ssl.SSLContext):
+        raise TypeError(f"ssl_context must be an ssl.SSLContext, not {ssl_context!r}")
     if ssl_context is None and server_hostname is not None:
         raise ValueError(f"server_hostname {server_hostname!r} is for TLS and needs an ssl_context")
     sock, guard = connect_guarded(
@@ -63,7 +70,7 @@ def connect(
         token=waiting_token(token),
         timeout=seconds,
         source_address=source_address,
-        socket_options=socket_options,
+        socket_options=options,
         explicit=True,
     )
     guard.detach()  # if a cancel was faster, the next call tells
@@ -77,14 +84,30 @@ def connect(
     return connection
 
 
+def _options(given: Iterable[tuple[int, int, int | bytes]] | None) -> list[tuple[int, int, int | bytes]]:
+    """The socket options, each of the three parts that ``setsockopt`` takes.
+
+    Raises:
+        TypeError: They are not.
+    """
+    try:
+        options = [(level, name, value) for level, name, value in given or ()]
+    except (TypeError, ValueError):
+        raise TypeError(f"socket_options must be tuples (level, name, value), not {given!r}") from None
+    return options
+
+
 def _host(address: object) -> str | None:
     """The host of an address; None for a path.
 
     Raises:
         TypeError: It is neither.
+        ValueError: Its port cannot be one.
     """
     match address:
-        case (str(host), int()):
+        case (str(host), int(port)) if not isinstance(port, bool):
+            if not 0 <= port <= _LAST_PORT:
+                raise ValueError(f"the port of address must be 0 to {_LAST_PORT}, not {port!r}")
             return host.strip("[]")
         case str() | os.PathLike():
             return None

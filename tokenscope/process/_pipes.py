@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import reprlib
 import select
 from typing import IO, TYPE_CHECKING, Any
 
@@ -186,5 +187,11 @@ def _encoded(message: Any, stdin: IO[Any]) -> Any:
     if message is None:
         return b""
     if isinstance(stdin, io.TextIOWrapper):
+        if not isinstance(message, str):
+            raise TypeError(f"input must be a str for a pipe of text, not {reprlib.repr(message)}")
         return message.encode(stdin.encoding, stdin.errors or "strict")
-    return message
+    try:
+        return memoryview(message)
+    except TypeError:
+        said = f"input must be bytes for a pipe of bytes, not {reprlib.repr(message)}; text=True makes it one of text"
+        raise TypeError(said) from None

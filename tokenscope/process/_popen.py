@@ -110,6 +110,7 @@ class Popen(subprocess.Popen[Any]):
                 ``__cause__`` is a ``CalledProcessError`` with its status.
             TaskCancelled: The process belongs to work of others that was cancelled.
             TimeoutExpired: It still runs after ``timeout`` seconds; it goes on.
+            ValueError, TypeError: A bad ``timeout``.
         """
         child = self._mine
         end = _moment(timeout)
@@ -134,7 +135,8 @@ class Popen(subprocess.Popen[Any]):
             Cancelled, TaskCancelled: As `wait`; the ``__cause__`` has what was read until then, as ``stdout`` and
                 ``stderr``.
             TimeoutExpired: It still runs after ``timeout`` seconds; it goes on.
-            ValueError: ``input``, when talking has begun before.
+            ValueError, TypeError: A bad ``timeout``; ``input``, when talking has begun before, or if it is neither str
+                nor bytes as the pipe is.
         """
         child = self._mine
         end = _moment(timeout)
@@ -259,8 +261,10 @@ def run(
             read until then.
         TimeoutExpired: The time was up; with what was read until the end.
         CalledProcessError: With ``check``.
-        ValueError: ``input`` together with ``stdin``, ``capture_output`` together with ``stdout`` or ``stderr``.
+        ValueError, TypeError: A bad ``timeout``, ``grace`` or ``token``: nothing was started. A bad ``input``, or one
+            together with ``stdin``; ``capture_output`` together with ``stdout`` or ``stderr``.
     """
+    _moment(timeout)  # a bad one is told before anything starts
     if input is not None:
         if kwargs.get("stdin") is not None:
             raise ValueError("stdin and input arguments may not both be used.")
@@ -326,7 +330,14 @@ def _lead_a_session(arguments: dict[str, Any]) -> None:
 
 
 def _moment(timeout: float | None) -> float | None:
-    return None if timeout is None else clock.now() + timeout
+    """When a wait of ``timeout`` seconds ends; a negative number is no time at all, as in ``subprocess``.
+
+    Raises:
+        TypeError, ValueError: It is not a number.
+    """
+    if isinstance(timeout, int | float) and timeout < 0:
+        return clock.now()
+    return clock.deadline_after(clock.validate_timeout(timeout))
 
 
 def _name_of(args: Any) -> str:

@@ -11,7 +11,7 @@ from tokenscope._core import _primitives, clock
 from tokenscope._core._typing import override
 from tokenscope._core.current import use_token
 from tokenscope._core.errors import Cancelled
-from tokenscope.sync._line import NOTHING, Desk, Line, end_of, waiting_token
+from tokenscope.sync._line import NOTHING, Desk, Line, end_of, waiting_token, whole_number
 from tokenscope.sync._locks import RLock
 
 if TYPE_CHECKING:
@@ -33,9 +33,14 @@ class Condition:
     Args:
         lock: A lock of this package or of ``threading``; an `RLock` of its own by default. ``with condition:`` is a
             checkpoint if taking the lock is.
+
+    Raises:
+        TypeError: ``lock`` is none.
     """
 
     def __init__(self, lock: Any = None) -> None:
+        if lock is not None and not (hasattr(lock, "acquire") and hasattr(lock, "release")):
+            raise TypeError(f"lock must have acquire() and release(), not {lock!r}")
         self._lock = lock = RLock() if lock is None else lock
         self._line = Line()
         self._desk = Desk(self._line)
@@ -99,6 +104,8 @@ class Condition:
         self, predicate: Callable[[], T], timeout: float | None = None, *, token: CancellationToken | None = None
     ) -> T:
         """Wait until ``predicate()`` is true; its last answer, a false one if the time was up. Raises as `wait`."""
+        if not callable(predicate):
+            raise TypeError(f"predicate must be callable, not {predicate!r}")
         waiting_token(token).check()
         end = end_of(timeout)
         while not (answer := predicate()):
@@ -113,10 +120,12 @@ class Condition:
 
         Raises:
             RuntimeError: This thread does not hold the lock.
+            ValueError, TypeError: ``n`` is negative, or no int.
         """
+        number = whole_number("n", n, least=0)
         if not self._is_owned():
             raise RuntimeError("cannot notify on un-acquired lock")
-        self._desk.run(self._notify_locked, n)
+        self._desk.run(self._notify_locked, number)
 
     def _notify_locked(self, n: int) -> None:
         # Turns are granted one by one here, not for units of something that is there: a notification is not kept.
@@ -227,10 +236,16 @@ class Barrier(threading.Barrier):
         parties: How many threads it takes.
         action: Called by one of them when all have come.
         timeout: The default for `wait`, in seconds.
+
+    Raises:
+        ValueError, TypeError: ``parties`` is no int of 1 or more; ``action`` is not callable; a bad ``timeout``.
     """
 
     def __init__(self, parties: int, action: Callable[[], None] | None = None, timeout: float | None = None) -> None:
-        super().__init__(parties, action, timeout)
+        if action is not None and not callable(action):
+            raise TypeError(f"action must be callable or None, not {action!r}")
+        end_of(timeout)  # a bad one is told here, and not by those who wait
+        super().__init__(whole_number("parties", parties, least=1), action, timeout)
         # The algorithm is the standard library's; only what it waits on is ours. A plain lock inside: it is held for
         # moments, and `abort` must not be a checkpoint.
         self._cond: Any = Condition(threading.Lock())

@@ -29,6 +29,7 @@ Fork: in the child nobody waits; the state is what it was.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from tokenscope._core.token import CancellationToken
     from tokenscope._core.tree import Wakeup
 
-__all__ = ["NOTHING", "Desk", "Line", "end_of", "time_left", "waiting_token"]
+__all__ = ["NOTHING", "Desk", "Line", "end_of", "time_left", "waiting_token", "whole_number"]
 
 T = TypeVar("T")
 
@@ -78,6 +79,21 @@ def end_of(timeout: float | None) -> float | None:
     if isinstance(timeout, int | float) and timeout < 0:
         return clock.now()
     return clock.deadline_after(clock.validate_timeout(timeout))
+
+
+def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+    """A number of things, given by a user.
+
+    Raises:
+        TypeError: It is no whole number (``True`` is none here).
+        ValueError: It is less than ``least``.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    number = operator.index(value)
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be {least} or more, not {value!r}")
+    return number
 
 
 def time_left(token: CancellationToken, end: float | None) -> float | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tokenscope._core import _primitives
 from tokenscope._core._typing import override
 from tokenscope._core.token import NEVER
-from tokenscope.sync._line import NOTHING, Desk, Line, end_of, waiting_token
+from tokenscope.sync._line import NOTHING, Desk, Line, end_of, waiting_token, whole_number
 
 if TYPE_CHECKING:
     from tokenscope._core.token import CancellationToken
@@ -196,13 +196,11 @@ class Semaphore(_Permits):
     Thread-safe; `release` may be called by signal handlers and finalizers.
 
     Raises:
-        ValueError: ``value`` is negative.
+        ValueError, TypeError: ``value`` is negative, or no int.
     """
 
     def __init__(self, value: int = 1) -> None:
-        if value < 0:
-            raise ValueError(f"semaphore initial value must be >= 0, not {value!r}")
-        super().__init__(value)
+        super().__init__(whole_number("value", value, least=0))
 
     @override
     def acquire(
@@ -230,11 +228,9 @@ class Semaphore(_Permits):
         """Give back ``n`` permits; those who have waited longest get them. Never blocks.
 
         Raises:
-            ValueError: ``n`` is less than 1.
+            ValueError, TypeError: ``n`` is less than 1, or no int.
         """
-        if n < 1:
-            raise ValueError(f"n must be one or more, not {n!r}")
-        self._give(n)
+        self._give(whole_number("n", n, least=1))
 
     def __repr__(self) -> str:
         return f"<tokenscope.sync.{type(self).__name__} at {id(self):#x}: value={self._value}>"

@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tokenscope._core._typing import override
-from tokenscope.sync._line import NOTHING, Desk, Line, end_of, waiting_token
+from tokenscope.sync._line import NOTHING, Desk, Line, end_of, waiting_token, whole_number
 
 if TYPE_CHECKING:
     from tokenscope._core.token import CancellationToken
@@ -39,12 +39,15 @@ class Queue(queue.Queue[T]):
     `put` into an unbounded queue never blocks: it is no checkpoint, and signal handlers may call it.
 
     Args:
-        maxsize: How many items it holds; 0 is no limit.
+        maxsize: How many items it holds; 0 or less is no limit.
+
+    Raises:
+        TypeError: ``maxsize`` is no int.
     """
 
     def __init__(self, maxsize: int = 0) -> None:
         # Not `super().__init__`: its lock and conditions are what is replaced here.
-        self.maxsize = maxsize
+        self.maxsize = whole_number("maxsize", maxsize)
         self.unfinished_tasks = 0
         self.is_shutdown = False
         self._getters, self._putters, self._joiners = Line(), Line(), Line()

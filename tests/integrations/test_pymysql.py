@@ -7,7 +7,7 @@ import threading
 
 import pymysql
 import pytest
-from peers import Attempt, wait_until
+from peers import Attempt, blocked_in, wait_until
 from peers.mysql import MySQL
 from pymysql.cursors import SSCursor
 
@@ -186,9 +186,13 @@ def test_a_late_cancel_does_not_touch_the_next_request(connection, server):
 def test_connecting_ends_with_the_token(server):
     """A server that never greets; the socket is shut down, for there is nothing to kill yet."""
     server.greets = False
-    with pytest.raises(DeadlineExceeded) as caught, fail_after(0.05):
-        connect_to(server)
-    assert isinstance(caught.value.__cause__.__cause__, pymysql.OperationalError)
+    token = CancellationToken()
+    attempt = Attempt(lambda: connect_to(server), token)
+    wait_until(lambda: blocked_in(attempt.thread, "_read_packet"))
+    token.cancel()
+    failure = attempt.failure()
+    assert isinstance(failure, Cancelled)
+    assert isinstance(failure.__cause__, pymysql.OperationalError)
 
 
 def test_connecting_under_a_token(server):

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 import weakref
+from collections import OrderedDict
 
 import pytest
 
@@ -147,6 +148,29 @@ def test_a_full_queue_is_full_for_many_threads_at_once():
         tasks = [scope.spawn(spawn_some) for _ in range(20)]
         assert sum(task.result(WAIT) for task in tasks) == 10
         gate.opened.set()
+
+
+def test_counting_what_waits_and_taking_in_are_under_one_lock():
+    """Both are seen from the inside, since the moment in between is too short for a crowd to hit it."""
+    gate, owned = Gate(), []
+
+    class Waiting(OrderedDict):
+        def __len__(self):
+            owned.append(("counted", background._gate.owned()))
+            return super().__len__()
+
+        def __setitem__(self, task, value):
+            owned.append(("taken in", background._gate.owned()))
+            super().__setitem__(task, value)
+
+    with BackgroundScope(capacity=1, max_threads=1) as background:
+        background.spawn(gate.hold)
+        assert gate.arrived.wait(WAIT)
+        background._crew.ready = Waiting()
+        background.spawn(str)
+        gate.opened.set()
+    assert [seen for seen in owned if seen[1]][:2] == [("counted", True), ("taken in", True)]
+    assert ("taken in", False) not in owned
 
 
 def test_a_failing_task_is_told_and_stops_nobody(heard, caplog):

@@ -60,8 +60,12 @@ def test_a_cancel_reaches_all_descendants_and_nobody_else():
 def test_a_child_of_a_cancelled_token_is_born_cancelled():
     """A child made too late has its parent's reason from the start; so has a linked one."""
     token = CancellationToken()
+    _older = token.child()  # a parent that has a child takes another way to its second
     token.cancel()
     assert token.child().reason is token.reason
+    childless = CancellationToken()
+    childless.cancel()
+    assert childless.child().reason is childless.reason
     assert token.child(timeout=60).reason is token.reason
     assert CancellationToken.linked(CancellationToken(), token).reason is token.reason
 

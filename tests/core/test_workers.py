@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ from actors import WAIT, hearing, until
 from tokenscope import on_thread_release
 from tokenscope._core import _primitives, events
 from tokenscope._core import workers as workers_module
-from tokenscope._core.workers import IDLE_NAME, release_thread, submit, workers
+from tokenscope._core.workers import IDLE_NAME, Workers, release_thread, submit, workers
 from tokenscope.testing import drain
 
 
@@ -177,3 +178,24 @@ def test_a_hook_must_be_callable():
     """on_thread_release refuses what it could not call."""
     with pytest.raises(TypeError, match="callable"):
         on_thread_release("close")
+
+
+def test_a_job_that_comes_while_this_thread_looks_for_work_gets_a_thread():
+    """A signal handler submits when the look that it interrupted has just found nothing to do: it looks again."""
+    cache, first, second = Workers(), threading.Event(), threading.Event()
+
+    class Jobs(queue.SimpleQueue):
+        def empty(self):
+            if cache.busy_here() and not first.is_set():
+                self.get_nowait().pop()()  # another thread takes the job ...
+                cache.submit(second.set)  # ... and the handler comes
+                return True
+            return super().empty()
+
+    cache.jobs = Jobs()
+    cache.submit(first.set)
+    assert first.is_set()
+    assert second.wait(WAIT)
+    until(lambda: cache.idle == 1)
+    cache.drain()
+    until(lambda: cache.threads == 0)

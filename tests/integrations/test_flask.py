@@ -616,6 +616,26 @@ def test_a_stream_that_after_request_throws_away_ends_too(setup: str) -> None:
     assert scopes[0].report.outcome == "cancelled"
 
 
+def test_a_stream_that_after_request_closes_ends_its_children() -> None:
+    """Closed before its end, by the app itself: nobody reads the rest, so what makes it is not waited for."""
+    scopes = []
+
+    def view() -> Iterator[str]:
+        scopes.append(current_scope())
+        current_scope().spawn(block)
+        return iter(["never"])
+
+    def replace(response: flask.Response) -> flask.Response:
+        response.response.close()  # type: ignore[union-attr]
+        return flask.Response("another")
+
+    with serving("extension", view) as ask:
+        ask.app.after_request(replace)
+        assert ask.serve() == b"another"
+    assert scopes[0].report.reason.kind == "scope_ended"
+    assert scopes[0].report.tasks.finished == 0
+
+
 def test_a_stream_that_after_request_reads_is_whole(setup: str) -> None:
     """An after_request that turns the stream into data gets all of it, and closes it."""
     scopes = []

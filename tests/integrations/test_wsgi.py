@@ -6,8 +6,10 @@ import contextlib
 import gc
 import io
 import logging
+import pickle
 import threading
 import time
+import traceback
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import FileWrapper
@@ -679,6 +681,13 @@ def test_a_begun_stream_that_is_cut_does_not_look_whole(kind: str) -> None:
         assert closed == [True]
         assert list(steps) == []
     assert [(event.status, event.report.reason) for event in told] == [(200, caught.value.reason)]
+
+
+def test_a_cut_bears_the_address_that_the_guide_gives() -> None:
+    """Error trackers ignore an exception by its full name: the one in tracebacks is the public one, also by pickle."""
+    cut = StreamCut("it was cut")
+    assert "".join(traceback.format_exception_only(cut)) == "tokenscope.integrations.wsgi.StreamCut: it was cut\n"
+    assert type(pickle.loads(pickle.dumps(cut))) is StreamCut
 
 
 @pytest.mark.parametrize(("method", "length"), [("GET", "5"), ("HEAD", None)])

@@ -32,6 +32,9 @@ __all__ = ["SCOPE_KEY", "RequestScopeMiddleware", "StreamCut", "cancellable"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# In tracebacks it has the address by which logs and error trackers are told to ignore it.
+StreamCut.__module__ = __name__
+
 
 class RequestScopeMiddleware:
     """Put it outermost, before anything replaces ``wsgi.input``.

@@ -432,7 +432,7 @@ def test_a_timeout_keeps_all_that_was_said():
 
 
 def test_a_deadline_ends_it_and_is_told_by_its_owner():
-    """The boundary raises DeadlineExceeded, as ever. (Time enough to start a process on a machine that is busy.)"""
+    """The boundary raises DeadlineExceeded, as ever; there is time to start a process on a machine that is busy."""
     with pytest.raises(DeadlineExceeded) as caught, fail_after(0.5):
         process.run(["sleep", "1000"])
     assert type(caught.value.__cause__) is Cancelled

@@ -17,7 +17,7 @@ PATTERNS = ("(a+)+b", "a{3}")
 
 def search(pattern: str) -> str:
     try:
-        found = process.offload(re.findall, pattern, TEXT, timeout=1, name=pattern)
+        found = process.offload(re.findall, pattern, TEXT, timeout=3, name=pattern)
     except DeadlineExceeded as late:
         return f"stopped: {late}"
     return f"{pattern} found {len(found)}"

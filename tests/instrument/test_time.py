@@ -28,6 +28,13 @@ class Indexed:
         return self._value
 
 
+class Lazy:
+    """Sets itself up when it is asked for anything, like Django's settings, and here it cannot."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(f"asked for {name}, and there is nothing to set it up with")
+
+
 @pytest.fixture(autouse=True)
 def _restored():
     yield
@@ -131,6 +138,14 @@ def test_names_that_were_bound_before_are_told(monkeypatch):
     assert "time.sleep" not in report.not_reached
     assert legacy.nap is PLAIN
     assert tokenscope.instrument("urllib3").not_reached == ()
+
+
+def test_looking_for_such_names_wakes_nothing_lazy(monkeypatch):
+    """A module may hold an object that must not be touched before its time."""
+    holder = types.ModuleType("holder_of_a_lazy_object")
+    holder.settings = Lazy()
+    monkeypatch.setitem(sys.modules, holder.__name__, holder)
+    assert tokenscope.instrument("time").turned_on == ("time",)
 
 
 def test_a_name_bound_while_it_is_on_does_nothing_when_it_is_off():

@@ -69,7 +69,7 @@ def _length(value: Any) -> float | None:
 
 
 def _is_pythons(candidate: Any) -> bool:
-    # By `type`, never `isinstance`: that asks for `__class__`, and a lazy object (Django's settings) sets itself up then.
+    # By `type`: `isinstance` asks for `__class__`, and a lazy object (Django's settings) sets itself up then.
     return type(candidate) is BuiltinFunctionType and candidate.__self__ is time and candidate.__name__ == "sleep"
 
 

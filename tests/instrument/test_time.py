@@ -194,7 +194,7 @@ def test_sleepers_wake_while_others_turn_it_on_and_off():
     stop = threading.Event()
 
     def flip():
-        for _ in range(200):
+        for _ in range(20):
             tokenscope.instrument("time")
             tokenscope.uninstrument("time")
 
@@ -204,8 +204,10 @@ def test_sleepers_wake_while_others_turn_it_on_and_off():
 
     napping = [Attempt(nap, token) for _ in range(3)]
     flipping = [Attempt(flip) for _ in range(2)]
-    for attempt in flipping:
-        attempt.value(30)
-    stop.set()
+    try:
+        for attempt in flipping:
+            attempt.value(30)
+    finally:
+        stop.set()
     for attempt in napping:
         attempt.value(5)

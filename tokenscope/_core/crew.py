@@ -57,6 +57,8 @@ class Crew(_primitives.Room):
         "failures",
         "gave_up",
         "given_up",
+        "interrupted",
+        "interruptible",
         "joiners",
         "labels",
         "last_end",
@@ -80,6 +82,8 @@ class Crew(_primitives.Room):
         max_threads: int | None,
         cleanup_timeout: float | None,
         on_failure: Callable[[Task[Any], BaseException], object],
+        *,
+        interruptible: bool = False,
     ) -> None:
         super().__init__()
         # Weakly: a scope that is dropped without being left must be noticed although its children still run.
@@ -89,6 +93,7 @@ class Crew(_primitives.Room):
         self.max_threads = max_threads
         self.cleanup_timeout = cleanup_timeout
         self.on_failure = on_failure
+        self.interruptible = interruptible
         # All below changes under the lock.
         self.live: set[Task[Any]] = set()
         self.ready: OrderedDict[Task[Any], None] = OrderedDict()  # first come, first served; any can leave at once
@@ -97,6 +102,7 @@ class Crew(_primitives.Room):
         self.orphans: set[Task[Any]] = set()  # given up, and still running
         self.labels: set[str] = set()  # of those that had to be named
         self.given_up: list[str] = []  # the names of all that were
+        self.interrupted: list[str] = []  # the names of those that were, once they have ended
         self.gave_up = 0.0  # monotonic
         self.joiners: list[_primitives.Waiter] = []
         self.failures: list[Failure] = []
@@ -237,6 +243,8 @@ class Crew(_primitives.Room):
             self.failures.append(Failure(f"task {task.name}", value, late=self._began_late(task)))
         elif self.token._cut is not None and word == SUCCEEDED:
             self.late_events["results"] += 1
+        if task._window is not None and task._window.landed:
+            self.interrupted.append(self.label(task))
         cut = task.token._cut
         if cut is not None and task._stopped is not None:
             self.late_work += max(0.0, task._stopped - cut.when)

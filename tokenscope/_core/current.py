@@ -24,10 +24,13 @@ from tokenscope._core.token import (
     retire,
     settle_boundary,
 )
+from tokenscope._core.window import hold_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
+
+    from tokenscope._core.window import Window
 
 __all__ = [
     "Boundary",
@@ -182,17 +185,48 @@ def _limit(seconds: float, name: str | None, *, move_on: bool) -> Boundary:
     return Boundary(lambda: current_token().child(timeout=timeout, name=name), move_on=move_on)
 
 
+class Shield(Boundary):
+    """A boundary under a token of its own, out of reach of what is cancelled around it, and of interrupts."""
+
+    def __init__(self, timeout: float | None, name: str, *, move_on: bool = False) -> None:
+        super().__init__(lambda: CancellationToken(timeout=timeout, name=name), move_on=move_on)
+        self._window: Window | None = None
+
+    @override
+    def __enter__(self) -> CancellationToken:
+        self._window = hold_here(self)
+        try:
+            return super().__enter__()
+        except BaseException:
+            self._let_go()
+            raise
+
+    @override
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        try:
+            return super().__exit__(kind, error, trace)
+        finally:
+            self._let_go()  # last: an interrupt that was put off is raised here
+
+    def _let_go(self) -> None:
+        if self._window is not None:
+            self._window.let_go(self)
+
+
 def shield(timeout: float | None = 30.0) -> Boundary:
     """Keep cancels from the body of a ``with`` statement, which has ``timeout`` seconds of its own.
 
-    Yields the shield's token. After the block the next checkpoint raises what was held off.
+    Yields the shield's token. After the block the next checkpoint raises what was held off. Nor is the body interrupted
+    (``on_straggler="interrupt"``).
 
     Raises:
         DeadlineExceeded: On leaving, if the shield's own time ran out and cut work short.
         ValueError, TypeError: A bad ``timeout``.
     """
     seconds = clock.validate_timeout(timeout)
-    return Boundary(lambda: CancellationToken(timeout=seconds, name="shield"))
+    return Shield(seconds, "shield")
 
 
 class use_token:  # noqa: N801  # reads as a statement: `with use_token(token):`
@@ -256,12 +290,12 @@ def standing_back() -> bool:
     return bool(getattr(_here, "active", None))
 
 
-class uninterruptible(Boundary):  # noqa: N801  # reads as a statement
-    """A shield that guards and the interrupt ladder respect too. For commits and cleanups."""
+class uninterruptible(Shield):  # noqa: N801  # reads as a statement
+    """A shield that guards respect too. For commits and cleanups."""
 
     def __init__(self, timeout: float | None = None, *, move_on: bool = False) -> None:
         seconds = clock.validate_timeout(timeout)
-        super().__init__(lambda: CancellationToken(timeout=seconds, name="uninterruptible"), move_on=move_on)
+        super().__init__(seconds, "uninterruptible", move_on=move_on)
         self._active: set[uninterruptible] = set()  # of the thread that entered it; another one may leave it
 
     @override

@@ -41,6 +41,7 @@ __all__ = [
     "StragglerSeen",
     "TaskEnded",
     "TaskFailed",
+    "TaskInterrupted",
     "TaskSpawned",
     "ThreadFailed",
     "TokenCancelled",
@@ -119,6 +120,15 @@ class TaskFailed(Event):
     scope: str
     task: str
     error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInterrupted(Event):
+    """A straggler in which `Cancelled` was raised by force has ended; it had ``swallowed`` so many of them before."""
+
+    scope: str
+    task: str
+    swallowed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +248,7 @@ PROBLEMS: tuple[type[Event], ...] = (
     CallbackFailed,
     ThreadFailed,
     TaskFailed,
+    TaskInterrupted,
     CleanupFailed,
     CleanupOverran,
     StragglerSeen,

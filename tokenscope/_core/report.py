@@ -38,6 +38,7 @@ class ScopeReport:
         effects: Writes to the outside that upper floors registered.
         stragglers: Tasks that were late after the cancel, with their stacks then.
         orphans: Those that were given up.
+        interrupted: Those in whose functions `Cancelled` was raised by force, which may be stragglers or not.
         late_events: What happened after the cancel, by kind: results, chunks, spawns, charges.
         duration: From entering to leaving.
         stop_duration: From the cancel to the end of the last child; None without a cancel.
@@ -52,6 +53,7 @@ class ScopeReport:
     effects: tuple[Any, ...] = ()
     stragglers: Mapping[str, str] = field(default_factory=dict)
     orphans: tuple[str, ...] = ()
+    interrupted: tuple[str, ...] = ()
     late_events: Mapping[str, int] = field(default_factory=dict)
     duration: float = 0.0
     stop_duration: float | None = None
@@ -69,6 +71,7 @@ class ScopeReport:
             "effects": [str(effect) for effect in self.effects],
             "stragglers": sorted(self.stragglers),
             "orphans": list(self.orphans),
+            "interrupted": list(self.interrupted),
             "late_events": dict(self.late_events),
             "duration": self.duration,
             "stop_duration": self.stop_duration,

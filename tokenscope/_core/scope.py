@@ -42,6 +42,7 @@ from tokenscope._core.mapping import ScopeMap
 from tokenscope._core.outcome import INTERRUPTS, Ending, Failure, Verdict, decide, foresee
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.report import ScopeReport, ScopeSnapshot, TaskSnapshot
+from tokenscope._core.strike import beat_after, strike
 from tokenscope._core.task import Task, refuse_as_work
 from tokenscope._core.token import (
     CancellationToken,
@@ -55,6 +56,7 @@ from tokenscope._core.token import (
     iterator_of,
     retire,
 )
+from tokenscope._core.window import hold_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -90,12 +92,12 @@ class ThreadScope:
             ``"collect"``: all run on, and failures are told at the end.
         cleanup_timeout: Seconds for all cleanups together.
         grace: Seconds after a cancel before a child counts as a straggler and is told with its stack.
-        on_straggler: ``"wait"`` for ever, telling again at each doubling; or ``"abandon"`` it after ``grace`` and
-            raise `StragglersLeft`.
+        on_straggler: ``"wait"`` for ever, telling again at each doubling; ``"abandon"`` it after ``grace`` and
+            raise `StragglersLeft`; or ``"interrupt"``: after ``grace`` have `Cancelled` raised in it, wherever its
+            Python code is, and wait. Meant for functions that compute; docs/guide/cpu-loop.md says what it may break.
 
     Raises:
         ValueError, TypeError: A bad argument, named with its value.
-        NotImplementedError: ``on_straggler="interrupt"``, which does not exist yet.
     """
 
     # Most scopes of a busy server live for microseconds and never spawn, defer or fail: what only the others need is
@@ -113,6 +115,7 @@ class ThreadScope:
     _stragglers: dict[str, str] | None = None  # those seen, with their stacks
     _cut_offs = 0  # how often an error cut leaving off
     _looks = 0  # how often stragglers were looked at
+    _strikes = 0  # how often it was tried to interrupt them
     _report: ScopeReport | None = None  # made when it is asked for
     #: Whether the scope's own ``cancel()`` cut its work short and ended here.
     cancelled_caught = False
@@ -186,7 +189,15 @@ class ThreadScope:
             raise RuntimeError(f"scope {self.name!r} is not open: use `with ThreadScope() as scope:`")
         if self._crew is None:
             on_failure = _failing_child_cancels(self)
-            crew = Crew(self, self.name, self._token, self._max_threads, self._cleanup_timeout, on_failure)
+            crew = Crew(
+                self,
+                self.name,
+                self._token,
+                self._max_threads,
+                self._cleanup_timeout,
+                on_failure,
+                interruptible=self._on_straggler == "interrupt",
+            )
             crew.closed = self._closed
             self._crew = crew
 
@@ -339,19 +350,26 @@ class ThreadScope:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        verdict: Verdict | None = None
+        window = hold_here(self)  # a child may be interrupted, but not while it leaves a scope of its own
+        try:
+            verdict = self._leave_somehow(error)
+        finally:
+            if window is not None:
+                window.let_go(self)
+        if verdict.error is None or verdict.error is error:
+            return verdict.absorbed
+        raise verdict.error
+
+    def _leave_somehow(self, error: BaseException | None) -> Verdict:
         interrupt: BaseException | None = None
-        while verdict is None:
+        while True:
             try:
-                verdict = self._leave(error, interrupt)
+                return self._leave(error, interrupt)
             except BaseException as caught:  # KeyboardInterrupt, or whatever else a signal handler raises
                 interrupt = caught
                 self._cut_offs += not isinstance(caught, INTERRUPTS)
                 if self._cut_offs > MOST_CUT_OFFS:
                     raise
-        if verdict.error is None or verdict.error is error:
-            return verdict.absorbed
-        raise verdict.error
 
     def _misuse(self, *, again: bool) -> str | None:
         """Why it cannot be left now, if it cannot."""
@@ -406,10 +424,12 @@ class ThreadScope:
 
     def _join_children(self, crew: Crew, ending: Ending) -> None:
         while not crew.close_if_idle():
-            _wait_for_idle(crew, self.token, self._next_look())
+            _wait_for_idle(crew, self.token, _earliest(self._next_look(), self._next_strike()))
             expire_if_due(self.token)
-            if self._look_is_due() and not crew.idle():
+            if _is_due(self._next_look()) and not crew.idle():
                 self._look_at_stragglers(crew, ending)
+            if _is_due(self._next_strike()):
+                self._strike(crew)
         for mapping in self._open_maps():
             self._cleaner().push(mapping.close_source, (), {})  # idempotent; it runs users' code, and may fail
 
@@ -421,12 +441,22 @@ class ThreadScope:
         cut = self.token._cut
         return None if cut is None else cut.when + self._grace * 2**self._looks
 
-    def _look_is_due(self) -> bool:
-        look = self._next_look()
-        return look is not None and clock.now() >= look
+    def _next_strike(self) -> float | None:
+        """When to interrupt stragglers: at the grace after the cancel, and again and again after that."""
+        cut = self.token._cut
+        if cut is None or self._on_straggler != "interrupt":
+            return None
+        return float(cut.when + self._grace + beat_after(self._strikes))
+
+    def _strike(self, crew: Crew) -> None:
+        while _is_due(self._next_strike()):
+            self._strikes += 1
+        for task in crew.lingering():
+            if task._window is not None:
+                strike(task._window, task.token._cut)
 
     def _look_at_stragglers(self, crew: Crew, ending: Ending) -> None:
-        while self._look_is_due():  # the cancel may be long ago: once for all the time that has passed
+        while _is_due(self._next_look()):  # the cancel may be long ago: once for all the time that has passed
             self._looks += 1
         cut = self.token._cut
         waited = clock.now() - cut.when if cut is not None else 0.0
@@ -515,6 +545,7 @@ class ThreadScope:
             errors=tuple({id(error): error for error in errors}.values()),
             stragglers=dict(self._stragglers or {}),
             orphans=tuple(crew.given_up),
+            interrupted=tuple(crew.interrupted),
             late_events=dict(crew.late_events),
             duration=(self._ended or clock.now()) - self._opened,
             stop_duration=None if cut is None else max(0.0, crew.last_end - cut.when),
@@ -591,6 +622,10 @@ def _outcome_for_cleanups(ending: Ending) -> BaseException | None:
     return verdict.error
 
 
+def _is_due(moment: float | None) -> bool:
+    return moment is not None and clock.now() >= moment
+
+
 def _earliest(*moments: float | None) -> float | None:
     return min((moment for moment in moments if moment is not None), default=None)
 
@@ -618,7 +653,5 @@ def _check_settings(name: object, token: object, max_threads: object, on_error: 
         _check_positive("max_threads", max_threads)
     if on_error not in ("cancel", "collect"):
         raise ValueError(f"on_error must be 'cancel' or 'collect', not {on_error!r}")
-    if on_straggler == "interrupt":
-        raise NotImplementedError("on_straggler='interrupt' does not exist yet; use 'wait' or 'abandon'")
-    if on_straggler not in ("wait", "abandon"):
-        raise ValueError(f"on_straggler must be 'wait' or 'abandon', not {on_straggler!r}")
+    if on_straggler not in ("wait", "abandon", "interrupt"):
+        raise ValueError(f"on_straggler must be 'wait', 'abandon' or 'interrupt', not {on_straggler!r}")

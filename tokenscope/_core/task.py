@@ -33,6 +33,7 @@ from tokenscope._core.current import current_token
 from tokenscope._core.errors import Cancelled, ScopeClosed, TaskCancelled
 from tokenscope._core.reasons import CancelKind
 from tokenscope._core.token import attach, detach, expire_if_due, is_cut_of, mark_cut_short
+from tokenscope._core.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +100,7 @@ class Task(concurrent.futures.Future[T], Generic[T]):
     _told: BaseException | None = None  # the failure, if it is nothing but cleanups', each of which was told
     _queued: Registration | None = None  # ends it at the moment of a cancel while it waits under `max_threads`
     _label: str | None = None  # what it is called among stragglers, if it ever was one; see `Crew.label`
+    _window: Window | None = None  # by which it may be interrupted, if its scope says so; made by its thread
     _counted = False  # by the crew, under its lock
     _released = False  # by the crew, under its lock: ended, and there is nobody to be told
 
@@ -288,13 +290,28 @@ class Task(concurrent.futures.Future[T], Generic[T]):
             return NEVER_STARTED, None
         self._started = clock.now()
         try:
-            end: tuple[str, Any] = SUCCEEDED, fn(*args, **kwargs)
+            end: tuple[str, Any] = SUCCEEDED, self._call_it(fn, args, kwargs)
         except BaseException as error:  # it belongs to the scope, which raises it
             end = self._judge(error)
         self._stopped = clock.now()
+        if self._window is not None and self._window.landed:
+            self._tell_interrupted(end[0])
         if self._cleanups is not None:
             end = self._clean_up(end)
         return end
+
+    def _call_it(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        if not self._crew.interruptible:
+            return fn(*args, **kwargs)
+        window = self._window = Window()
+        return window.call(fn, args, kwargs)
+
+    def _tell_interrupted(self, how: str) -> None:
+        cut = self.token._cut
+        window = cast("Window", self._window)
+        if cut is not None:
+            mark_cut_short(self.token, cut)
+        events.emit(events.TaskInterrupted(self._crew.name, self.name, window.landed - (how == CANCELLED)))
 
     def _judge(self, error: BaseException) -> tuple[str, Any]:
         """Tell a cancel of its own from a failure. A foreign `Cancelled` must not reach whoever asks for the result."""

@@ -30,7 +30,7 @@ class Settings:
     methods: Methods = "safe"
     max_threads: int | None = None
     grace: float = 5.0
-    on_straggler: Literal["wait", "abandon"] = "wait"
+    on_straggler: Literal["wait", "abandon", "interrupt"] = "wait"
 
     def __post_init__(self) -> None:
         _check_timeout(self.timeout)

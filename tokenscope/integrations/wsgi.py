@@ -57,7 +57,8 @@ class RequestScopeMiddleware:
             `cancellable`; a streamed body always is, from its first byte.
         max_threads: How many children of one request run at a time. None: all.
         grace: Seconds after a cancel before a child counts as a straggler.
-        on_straggler: ``"wait"`` for it, or ``"abandon"`` it (the server then answers 500).
+        on_straggler: ``"wait"`` for it, ``"abandon"`` it (the server then answers 500), or ``"interrupt"`` it; as for
+            `ThreadScope`. The view itself is no child: it is never given up and never interrupted.
 
     Raises:
         TypeError, ValueError: A bad argument, named.
@@ -72,7 +73,7 @@ class RequestScopeMiddleware:
         methods: Methods = "safe",
         max_threads: int | None = None,
         grace: float = 5.0,
-        on_straggler: Literal["wait", "abandon"] = "wait",
+        on_straggler: Literal["wait", "abandon", "interrupt"] = "wait",
     ) -> None:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, not {app!r}")

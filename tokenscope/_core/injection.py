@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from tokenscope._core.errors import Cancelled
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["Injection", "available"]
 
 
+_LOOKS, _PAUSE = 20, 0.0001  # a thread that does little but finalize is elsewhere for a moment now and then; in seconds
+
+
 class Injection:
     """See the module's head. Keeps nothing."""
 
@@ -35,10 +39,13 @@ class Injection:
         """See `Way.send`."""
         if again:
             return True  # two of them would not be one
-        if not is_safe(sys._current_frames().get(window.ident)):
-            return False
+        arrival = _arrival_at(window)
         leave, _take_back = _calls()
-        return bool(leave(window.ident, _arrival_at(window)))
+        for _ in range(_LOOKS):
+            if is_safe(sys._current_frames().get(window.ident)):
+                return bool(leave(window.ident, arrival))
+            time.sleep(_PAUSE)
+        return False
 
     def withdraw(self, window: Window, *, pending: bool) -> None:
         """See `Way.withdraw`."""

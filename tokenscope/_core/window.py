@@ -9,7 +9,7 @@ States of a window::
 An interrupt::
 
     none --ordered--> under way --(raised in the thread)--> landed --(that exception is gone)--> none
-                          \--(the window is held, or over, first)--> withdrawn; ordered again when it is let go
+                          \--(the window is held, or over, first)--> withdrawn; raised when it is let go
 
 There are two ways to raise an exception in another thread, ``monitoring.py`` and ``injection.py``. The rules are here.
 
@@ -30,6 +30,7 @@ After a fork the child is never interrupted on behalf of its parent.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from os import getpid
@@ -64,7 +65,7 @@ class Way(Protocol):
 class Window(_primitives.Room):
     """See the module's head. One for each task that may be interrupted."""
 
-    __slots__ = ("__weakref__", "_cut", "_error", "_holders", "_open", "_order", "_way", "ident", "landed")
+    __slots__ = ("__weakref__", "_cut", "_error", "_holders", "_open", "_order", "_owed", "_way", "ident", "landed")
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +75,7 @@ class Window(_primitives.Room):
         self._holders: set[object] = set()
         self._way: Way | None = None  # chosen once
         self._cut: Any = None  # of which the thread is to be told
+        self._owed = False  # it is to be told, and was not yet
         self._order = _NOBODY
         self._error: weakref.ref[BaseException] | None = None  # the last one that landed
 
@@ -113,6 +115,30 @@ class Window(_primitives.Room):
             with self.enter(): self._holders.discard(holder)
             raise
 
+    def let_go(self, holder: object) -> None:
+        """``holder`` is through; the last thing in its ``__exit__``. Raises what was put off, where that may be done.
+
+        May be repeated, and called on another thread; there nothing is raised.
+
+        Raises:
+            Cancelled: The interrupt.
+        """
+        with self.enter(): self._holders.discard(holder)
+        if not self._owed or self.ident != get_ident() or not is_safe(_left_place()):
+            return
+        with self.enter(): error = self._take_locked()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # or its traceback would keep it for good, and nobody could tell that it is gone
+
+    def _take_locked(self) -> Cancelled | None:
+        """What is owed, if it is not on its way by itself."""
+        if not self._owed or self._holders or not self._open or self._order == self.landed or self.pid != getpid():
+            return None
+        return self._new_error()
+
     def _withdraw(self) -> None:
         if self._way is not None:
             self._way.withdraw(self, pending=self._order == self.landed)
@@ -122,6 +148,9 @@ class Window(_primitives.Room):
         """What to raise in the thread, at the very place from which this is called; None: nothing, or not now."""
         if self._order != self.landed or not self._open or self._holders or self.pid != getpid():
             return None
+        return self._new_error()
+
+    def _new_error(self) -> Cancelled:
         error: Cancelled = self._cut.as_error()
         self.note_landed(error)
         return error
@@ -129,18 +158,10 @@ class Window(_primitives.Room):
     def note_landed(self, error: BaseException) -> None:
         """``error`` is being raised."""
         self._error = weakref.ref(error)
+        self._owed = False
         self.landed += 1  # last: whoever sees the number sees the error
 
-    # --- on any thread ------------------------------------------------------------------------------------------
-
-    def let_go(self, holder: object) -> None:
-        """``holder`` is through. An interrupt that was put off is raised now. May be repeated."""
-        with self.enter(): self._let_go_locked(holder)
-
-    def _let_go_locked(self, holder: object) -> None:
-        self._holders.discard(holder)
-        if self._way is not None:
-            self._order_locked()
+    # --- on other threads ---------------------------------------------------------------------------------------
 
     def interrupt(self, cut: Any, way: Way) -> None:
         """Have the `Cancelled` of ``cut`` raised in the thread, as soon as the rules allow.
@@ -152,19 +173,19 @@ class Window(_primitives.Room):
     def _interrupt_locked(self, cut: Any, way: Way) -> None:
         self._cut = cut
         self._way = self._way or way
-        self._order_locked()
-
-    def _order_locked(self) -> None:
         number = self.landed  # read first, see `note_landed`
-        if not self._open or self._holders or self._way is None:
-            return
         if self._error is not None and self._error() is not None:
             self._way.withdraw(self, pending=False)
             return
+        self._owed = True
+        if self._open and not self._holders:
+            self._order_locked(self._way, number)
+
+    def _order_locked(self, way: Way, number: int) -> None:
         again = self._order == number
         self._order = number
         try:
-            sent = self._way.send(self, again=again)
+            sent = way.send(self, again=again)
         except BaseException:
             self._order = _NOBODY
             raise
@@ -200,6 +221,7 @@ _TENDER_FUNCTIONS = frozenset({"__del__", "__enter__", "__exit__"})
 _TENDER_MODULES = ("importlib._bootstrap", "tokenscope._core.")
 _TRANSPARENT = "tokenscope._core.current"  # `bind` and the like, through which users' functions are called
 _OURS = "tokenscope."
+_LEAVING = frozenset({"__exit__", "let_go", "_let_go"})
 
 
 def is_safe(frame: FrameType | None) -> bool:
@@ -215,6 +237,14 @@ def is_safe(frame: FrameType | None) -> bool:
             return False
         frame = frame.f_back
     return frame is not None
+
+
+def _left_place() -> FrameType | None:
+    """The frame with the ``with`` statement that is being left."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name in _LEAVING and _module(frame).startswith(_OURS):
+        frame = frame.f_back
+    return frame
 
 
 def _is_tender(module: str) -> bool:

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "tokenscope"
 FLOORS = {
     0: "_core._primitives _core._typing",
     1: "_core.errors _core.events _core.report _core.ambient _core.clock < _core.reasons",
-    2: "_core.timer _core.workers _core.window < _core.injection _core.monitoring < _core.strike",  # decision 0002
+    2: "_core.timer _core.workers _core.window < _core.injection < _core.monitoring < _core.strike",
     3: "_core.tree < _core.token",
     4: "_core.outcome _core.current < _core.cleanup < _core.task",
     5: "_core.crew < _core.mapping < _core.scope _core",  # `_core` itself: what the core offers

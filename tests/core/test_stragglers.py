@@ -202,12 +202,6 @@ def test_the_thread_of_an_orphan_is_not_reused_before_it_ended():
         ended.get(timeout=WAIT)
 
 
-def test_interrupt_is_refused_until_it_exists():
-    """A policy that is promised for later raises an error that says what to use meanwhile."""
-    with pytest.raises(NotImplementedError, match=r"'wait' or 'abandon'"):
-        ThreadScope(on_straggler="interrupt")
-
-
 def test_a_straggler_that_a_second_interrupt_gave_up_is_named():
     """Ctrl-C twice: the scope ends although a child does not obey, and says whom it left."""
     gate = Gate()

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from tokenscope._core.reasons import CancelReason
+    from tokenscope._core.window import Window
 
 __all__ = ["ThreadScope"]
 
@@ -115,6 +116,7 @@ class ThreadScope:
     _stragglers: dict[str, str] | None = None  # those seen, with their stacks
     _cut_offs = 0  # how often an error cut leaving off
     _looks = 0  # how often stragglers were looked at
+    _held: Window | None = None  # of the thread that leaves it
     _strikes = 0  # how often it was tried to interrupt them
     _report: ScopeReport | None = None  # made when it is asked for
     #: Whether the scope's own ``cancel()`` cut its work short and ended here.
@@ -350,26 +352,22 @@ class ThreadScope:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        window = hold_here(self)  # a child may be interrupted, but not while it leaves a scope of its own
-        try:
-            verdict = self._leave_somehow(error)
-        finally:
-            if window is not None:
-                window.let_go(self)
-        if verdict.error is None or verdict.error is error:
-            return verdict.absorbed
-        raise verdict.error
-
-    def _leave_somehow(self, error: BaseException | None) -> Verdict:
+        verdict: Verdict | None = None
         interrupt: BaseException | None = None
-        while True:
+        while verdict is None:
             try:
-                return self._leave(error, interrupt)
+                self._held = self._held or hold_here(self)  # a child is not interrupted while it leaves a scope
+                verdict = self._leave(error, interrupt)
             except BaseException as caught:  # KeyboardInterrupt, or whatever else a signal handler raises
                 interrupt = caught
                 self._cut_offs += not isinstance(caught, INTERRUPTS)
                 if self._cut_offs > MOST_CUT_OFFS:
                     raise
+        if self._held is not None:
+            self._held.let_go(self)
+        if verdict.error is None or verdict.error is error:
+            return verdict.absorbed
+        raise verdict.error
 
     def _misuse(self, *, again: bool) -> str | None:
         """Why it cannot be left now, if it cannot."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import ssl
 import threading
 from typing import Any
 
@@ -271,6 +272,27 @@ def test_random_cancels_harm_no_innocent_and_leak_nothing(make_bench, fork, tran
     assert len(outcomes) == CANCELS // WORKERS * WORKERS
     assert set(outcomes) <= {"cancelled", "answered"}
     assert outcomes.count("cancelled") > CANCELS // 2
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_shared_tls_context_is_not_changed_under_handshakes(make_bench, fork):
+    """The protocols are set for the first connection: to set them again harms a handshake on another thread."""
+
+    class Context(ssl.SSLContext):
+        changes = 0
+
+        def set_alpn_protocols(self, protocols: list[str]) -> None:
+            self.changes += 1
+            super().set_alpn_protocols(protocols)
+
+    bench = make_bench(fork, "tls", 30)
+    context = Context(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(bench.authority.ca_file)
+    peer, client = bench.peer(play.answers(BODY)), bench.client(verify=context)
+    for _ in range(3):
+        assert client.get(peer.url(), headers={"Connection": "close"}).content == BODY
+    assert peer.connections == 3
+    assert context.changes == 1
 
 
 def _ask_until(stop: threading.Event, client: Any, peer: Peer) -> int:

@@ -20,6 +20,7 @@ from tokenscope._core.current import current_token
 from tokenscope._core.errors import TokenScopeError
 from tokenscope.integrations._binding import check_token, decide, under
 from tokenscope.integrations._httpx_stream import Backend, Stream
+from tokenscope.integrations._httpx_tls import SharedContext
 from tokenscope.sync import Semaphore
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Transport:
         httpx, _httpcore = self._library
         limits = httpx.Limits(max_connections=100, max_keepalive_connections=20) if limits is None else limits
         settings = {
-            "ssl_context": httpx.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env),
+            "ssl_context": SharedContext(httpx.create_ssl_context(verify=verify, cert=cert, trust_env=trust_env)),
             "max_connections": limits.max_connections,
             "max_keepalive_connections": limits.max_keepalive_connections,
             "keepalive_expiry": limits.keepalive_expiry,

@@ -652,6 +652,35 @@ def test_where_all_tool_numbers_are_taken_it_is_injected(monkeypatch):
     assert len(scope.report.interrupted) == 1
 
 
+def test_one_free_number_is_enough(monkeypatch):
+    """Another tool has the first one that we would take."""
+    if not monitoring.available():
+        pytest.skip("sys.monitoring is of Python 3.12")
+    monkeypatch.setattr(injection, "available", lambda: False)
+    sys.monitoring.use_tool_id(4, "somebody")
+    try:
+        with interruptible() as scope:
+            cancel_while_it_runs(scope, jumps_back)
+    finally:
+        sys.monitoring.free_tool_id(4)
+    assert len(scope.report.interrupted) == 1
+
+
+def test_monitoring_is_on_until_the_last_window_is_through():
+    """The end of one task's window leaves the others watched."""
+    if not monitoring.available():
+        pytest.skip("sys.monitoring is of Python 3.12")
+    monitor, first, second = monitoring.Monitor(), Window(), Window()
+    assert monitor.send(first, again=False)
+    assert monitor.send(second, again=False)
+    monitor.withdraw(first, pending=True)
+    assert monitor.codes
+    assert sys.monitoring.get_tool(monitor.number) == "tokenscope"
+    monitor.withdraw(second, pending=True)
+    assert not monitor.codes
+    assert monitor.number is None
+
+
 def test_monitoring_is_off_afterwards():
     """The number is free again, and no event is left on: whoever takes the number next hears nothing of ours."""
     if not monitoring.available():

@@ -1,8 +1,8 @@
 """An exception raised by the thread itself, at an event of `sys.monitoring`: CPython 3.12 and newer.
 
 The events are switched on for the functions in which the thread stands, and call back *in the thread*, before something
-happens there: a function begins, a generator goes on, a loop jumps back. A thread that computes for ever does one of
-the three for ever. It sees its own frames then, so that a bad moment is told from a good one without a race.
+happens there: a function begins, or a loop jumps back. A thread that computes for ever does one of the two for ever. It
+sees its own frames then, so that a bad moment is told from a good one without a race.
 
 Why not the event JUMP, which says just that: an exception out of its callback passes by the ``except`` and ``finally``
 around the loop (seen with CPython 3.12 and 3.13). INSTRUCTION comes before the jump, and its exceptions are caught
@@ -116,13 +116,12 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 def _events() -> int:
     events = _monitoring.events
-    return int(events.PY_START | events.PY_RESUME | events.INSTRUCTION)
+    return int(events.PY_START | events.INSTRUCTION)
 
 
 def _listen(number: int, on_entry: Any, on_instruction: Any) -> None:
     events = _monitoring.events
     _monitoring.register_callback(number, events.PY_START, on_entry)
-    _monitoring.register_callback(number, events.PY_RESUME, on_entry)
     _monitoring.register_callback(number, events.INSTRUCTION, on_instruction)
 
 

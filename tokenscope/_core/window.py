@@ -25,7 +25,7 @@ Invariants
        the thread needs no lock to tell that one has landed.
 
 Lock order: a window > `monitoring.Monitor`, a leaf. Nobody's code runs under either.
-After a fork the child is never interrupted on behalf of its parent.
+After a fork the child is never interrupted on behalf of its parent: it finds the window closed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from tokenscope._core import _primitives
+from tokenscope._core._typing import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,7 +147,7 @@ class Window(_primitives.Room):
 
     def land(self) -> Cancelled | None:
         """What to raise in the thread, at the very place from which this is called; None: nothing, or not now."""
-        if self._order != self.landed or not self._open or self._holders or self.pid != getpid():
+        if self._order != self.landed or self.pid != getpid():
             return None
         return self._new_error()
 
@@ -191,6 +192,11 @@ class Window(_primitives.Room):
             raise
         if not sent:
             self._order = _NOBODY
+
+    @override
+    def _after_fork_locked(self) -> None:
+        self._open = self._owed = False
+        self._order = _NOBODY
 
 
 class _Here(threading.local):

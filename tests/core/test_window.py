@@ -316,24 +316,41 @@ def test_nothing_is_injected_into_a_tender_place(cut):
     assert attempt.value() == "whole"
 
 
-@pytest.mark.parametrize("taken_back", [True, False])
-def test_what_was_injected_can_be_taken_back(cut, taken_back):
-    """While the thread is in C, the exception waits for it, or not."""
+def test_nothing_is_injected_into_a_blocked_thread(cut):
+    """It would stay there, and on CPython 3.11 stop every thread that is traced. When it computes, it gets it."""
     gate, windows = threading.Lock(), []
     gate.acquire()
 
-    def work(window: Window) -> str:
+    def work(window: Window) -> None:
         windows.append(window)
         gate.acquire()
-        return "whole"
+        while True:
+            pass
 
     attempt = Attempt(lambda: run(work))
     wait_until(lambda: blocked_in(attempt.thread, "work") and windows)
     windows[0]._cut = cut
-    assert Injection().send(windows[0], again=False)
-    Injection().withdraw(windows[0], pending=taken_back)
+    wait_until(lambda: not any(Injection().send(windows[0], again=False) for _ in range(3)))
+    assert not windows[0].landed
     gate.release()
-    if taken_back:
-        assert attempt.value() == "whole"
-    else:
-        assert isinstance(attempt.failure(), Cancelled)
+    wait_until(lambda: windows[0].interrupt(cut, Injection()) or windows[0].landed)
+    assert isinstance(attempt.failure(), Cancelled)
+
+
+def test_the_end_waits_for_what_was_injected(cut):
+    """Sent in the last moment, it is raised in the lines that close the window."""
+    for _ in range(20):
+        window = Window()
+        injection = Injection()
+
+        def work(window: Window = window, injection: Injection = injection) -> None:
+            injection.send(window, again=False)  # a look at the clock
+            window.interrupt(cut, injection)
+
+        try:
+            window.call(work, (), {})
+        except Cancelled:
+            assert window.landed == 1
+        else:
+            assert window.landed == 0
+        assert not window.awaits()

@@ -2,8 +2,12 @@
 
 ``PyThreadState_SetAsyncExc`` leaves a class with a thread. The interpreter raises it there between two instructions of
 Python, at any place, and nowhere within C: what a thread is blocked in comes to its end first. The class is made for
-one interrupt, and its constructor tells the window that it has come. The thread itself takes it back by leaving
-nothing instead.
+one interrupt, and its constructor tells the window that it has come.
+
+It is not taken back, but waited for: CPython before 3.13 has one flag for all threads that says "somebody has an
+exception to raise", and clears it when one is raised only. As long as it is set, everybody is slower; and on 3.11 a
+thread that is traced (by a debugger, or for coverage) stands still at the next function that it calls. So nothing is
+sent to a thread that is blocked, which is told by the processor time that it uses.
 
 Where a finalizer runs just then, the interpreter prints the exception and goes on. The place is looked at before;
 between the look and the exception it may still change, and then the next attempt has to do it.
@@ -18,6 +22,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from tokenscope._core import clock
 from tokenscope._core.errors import Cancelled
 from tokenscope._core.window import is_safe
 
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["Injection", "available"]
 
 
+# Seconds that the end of a function waits for what was sent. It comes at once, unless code in C ate it unseen.
+_LONGEST_WAIT = 1.0
+_clock_of = getattr(time, "pthread_getcpuclockid", None)  # not on every system
 _LOOKS, _PAUSE = 20, 0.0001  # a thread that does little but finalize is elsewhere for a moment now and then; in seconds
 
 
@@ -39,19 +47,31 @@ class Injection:
         """See `Way.send`."""
         if again:
             return True  # two of them would not be one
+        if not _computes(window):
+            return False
         arrival = _arrival_at(window)
-        leave, _take_back = _calls()
         for _ in range(_LOOKS):
             if is_safe(sys._current_frames().get(window.ident)):
-                return bool(leave(window.ident, arrival))
+                return bool(_leave()(window.ident, arrival))
             time.sleep(_PAUSE)
         return False
 
     def withdraw(self, window: Window, *, pending: bool) -> None:
         """See `Way.withdraw`."""
-        if pending:
-            _leave, take_back = _calls()
-            take_back(window.ident, None)
+        end = clock.now() + _LONGEST_WAIT
+        while pending and window.awaits() and clock.now() < end:
+            pass  # it is raised at one of these lines
+
+
+def _computes(window: Window) -> bool:
+    """Whether the thread has used the processor since the last time this was asked; False the first time.
+
+    The thread lives: its window is open, and cannot be closed meanwhile.
+    """
+    if _clock_of is None:
+        return True  # nobody can tell
+    before, window.used = window.used, time.clock_gettime(_clock_of(window.ident))
+    return before is not None and window.used > before
 
 
 def _arrival_at(window: Window) -> type[Cancelled]:
@@ -71,20 +91,18 @@ def _arrival_at(window: Window) -> type[Cancelled]:
 
 
 @functools.cache
-def _calls() -> tuple[Callable[[int, type], int], Callable[[int, None], int]]:
-    """The call of the interpreter, with a class and with NULL."""
+def _leave() -> Callable[[int, type], int]:
+    """The call of the interpreter."""
     import ctypes  # noqa: PLC0415  # some builds lack it, and most processes never need it
 
-    name = "PyThreadState_SetAsyncExc"
-    leave = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)((name, ctypes.pythonapi))
-    take_back = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)((name, ctypes.pythonapi))
-    return leave, take_back
+    kind = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)
+    return kind(("PyThreadState_SetAsyncExc", ctypes.pythonapi))
 
 
 def available() -> bool:
     """Whether this interpreter can do it."""
     try:
-        _calls()
+        _leave()
     except (ImportError, AttributeError):  # AttributeError: no such function, as in PyPy
         return False
     return True

@@ -9,14 +9,15 @@ States of a window::
 An interrupt::
 
     none --ordered--> under way --(raised in the thread)--> landed --(that exception is gone)--> none
-                          \--(the window is held, or over, first)--> withdrawn; raised when it is let go
+                          \--(the window is held, or over, first)--> raised before that; or withdrawn, if the way
+                                                                     can, and raised when it is let go
 
 There are two ways to raise an exception in another thread, ``monitoring.py`` and ``injection.py``. The rules are here.
 
 Invariants
     1. An interrupt is ordered under the lock, into an open window that nobody holds. The thread itself holds and closes
-       its window: under the lock, and then it withdraws what is under way. So when `hold` or `call` is through, nothing
-       comes any more, although before that an exception may appear between any two lines of Python.
+       its window: under the lock, and then it withdraws what is under way, or waits for it. So when `hold` or `call` is
+       through, nothing comes any more, although before that an exception may appear between any two lines of Python.
     2. At most one is under way or landed. Another one is ordered when the first exception is gone, which means that
        somebody swallowed it: none ever hits a function that is already unwinding.
     3. Every line between the first and the last at which one can appear is inside of `call`, which lets it pass. `call`
@@ -60,18 +61,34 @@ class Way(Protocol):
         """Have an exception raised in the window's thread; False: not now. ``again``: one is still under way."""
 
     def withdraw(self, window: Window, *, pending: bool) -> None:
-        """Stop. On the window's own thread: when it returns, nothing comes any more. ``pending``: one is under way."""
+        """Stop. On the window's own thread: when it is through, nothing comes any more. ``pending``: one is under way.
+
+        What is under way may be raised in here instead.
+        """
 
 
 class Window(_primitives.Room):
     """See the module's head. One for each task that may be interrupted."""
 
-    __slots__ = ("__weakref__", "_cut", "_error", "_holders", "_open", "_order", "_owed", "_way", "ident", "landed")
+    __slots__ = (
+        "__weakref__",
+        "_cut",
+        "_error",
+        "_holders",
+        "_open",
+        "_order",
+        "_owed",
+        "_way",
+        "ident",
+        "landed",
+        "used",
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.ident = get_ident()  # the thread that makes it is the one that may be interrupted
         self.landed = 0
+        self.used: float | None = None  # processor time of the thread when it was last looked at, in seconds
         self._open = False
         self._holders: set[object] = set()
         self._way: Way | None = None  # chosen once
@@ -140,9 +157,13 @@ class Window(_primitives.Room):
             return None
         return self._new_error()
 
+    def awaits(self) -> bool:
+        """Whether an interrupt is under way."""
+        return self._order == self.landed
+
     def _withdraw(self) -> None:
         if self._way is not None:
-            self._way.withdraw(self, pending=self._order == self.landed)
+            self._way.withdraw(self, pending=self.awaits())
             self._order = _NOBODY
 
     def land(self) -> Cancelled | None:

@@ -68,6 +68,7 @@ def test_using_wsgi_needs_no_framework():
         ("tokenscope.integrations.psycopg", "psycopg", "pip install tokenscope-threads[psycopg]"),
         ("tokenscope.integrations.botocore", "botocore", "pip install tokenscope-threads[botocore]"),
         ("tokenscope.integrations.psycopg2", "psycopg2", "pip install tokenscope-threads[psycopg2]"),
+        ("tokenscope.integrations.grpc", "grpc", "pip install tokenscope-threads[grpc]"),
         ("tokenscope.integrations.redis", "redis", "pip install tokenscope-threads[redis]"),
         ("tokenscope.integrations.pymysql", "pymysql", "pip install tokenscope-threads[pymysql]"),
         ("tokenscope.integrations.sqlalchemy", "sqlalchemy", "pip install tokenscope-threads[sqlalchemy]"),

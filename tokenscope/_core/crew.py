@@ -146,6 +146,15 @@ class Crew(_primitives.Room):
             raise ScopeClosed(f"scope {self.name!r} has ended and takes no more work", self.token.reason)
         self.live.add(task); self.ready[task] = None  # on one line: `idle` sends what an interrupt left here
 
+    def adopt(self, task: Task[Any]) -> bool:
+        """Take a task that a thread of somebody else's will `work`, or end unstarted; False if the scope has ended."""
+        self.run(self._adopt_locked, task)
+        return task in self.live
+
+    def _adopt_locked(self, task: Task[Any]) -> None:
+        if not self.closed:
+            self.live.add(task)
+
     def _send(self, task: Task[Any]) -> None:
         """Ask a worker to run it; there is no limit. No lock is held, for a thread may have to be started."""
         try:

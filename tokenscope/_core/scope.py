@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from tokenscope._core.reasons import CancelReason
     from tokenscope._core.window import Window
 
-__all__ = ["ThreadScope"]
+__all__ = ["ThreadScope", "adopt"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -579,6 +579,20 @@ class ThreadScope:
         warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
         cancel = functools.partial(token.cancel, "the scope was dropped", kind=CancelKind.SCOPE_ENDED)
         workers.submit_from_finalizer(cancel)
+
+
+def adopt(scope: ThreadScope, fn: Callable[[], T], name: str | None, kind: str) -> Task[T] | None:
+    """A child that is not run by a thread of ours: whoever asked calls its ``work``, or its ``end_unstarted``.
+
+    It does not count for ``max_threads``. None if the scope has ended.
+    """
+    crew = scope._children()
+    task: Task[T] = Task(crew, fn, (), {}, name, kind)
+    if not crew.adopt(task):
+        return None
+    if events.wants(events.TaskSpawned):
+        events.emit(events.TaskSpawned(scope.name, task.name))
+    return task
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class _Entry:
 _TABLE = {
     "requests": _Entry("requests", "tokenscope.integrations.requests", by_default=True),
     "urllib3": _Entry("urllib3", "tokenscope.integrations.urllib3", by_default=True),
+    "threading": _Entry("threading", "tokenscope.instrument._threading", standard=True),
     "time": _Entry("time", "tokenscope.instrument._time", standard=True),
 }
 
@@ -63,7 +64,8 @@ def instrument(*names: str) -> InstrumentReport:
 
     Args:
         names: ``"requests"`` and ``"urllib3"``; none means both of them, as far as they are installed. By name only:
-            ``"time"``: ``time.sleep`` is a checkpoint, and ends with the token.
+            ``"time"``: ``time.sleep`` is a checkpoint, and ends with the token; ``"threading"``: bare threads and
+            executors' work that are started in a scope are its children.
 
     Raises:
         ValueError: An unknown name; the message lists those there are. Nothing was changed.

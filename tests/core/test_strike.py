@@ -585,42 +585,6 @@ def test_what_is_blocked_in_c_is_interrupted_when_it_comes_back(way):
     assert scope.report.interrupted == (task.name,)
 
 
-def test_a_forked_child_is_left_alone(way):
-    """What its parent's thread was to be interrupted for is none of its business."""
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork")
-    codes: list[int] = []
-    started = threading.Event()
-
-    def fork() -> int:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for _ in range(100):
-                    spin(1000)
-                os._exit(7)
-            finally:
-                os._exit(1)
-        return pid
-
-    def child() -> None:
-        started.wait(10)  # until then there is no name for it
-        window = task._window
-        assert window is not None
-        while not window._cut:  # an interrupt is under way, or about to
-            pid = None
-        del pid
-        codes.append(fork())
-
-    with interruptible() as scope:
-        task = scope.spawn(child)
-        started.set()
-        wait_until(lambda: task._window)
-        scope.cancel()
-    for pid in codes:
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-
-
 # --- which way ------------------------------------------------------------------------------------------------------
 
 

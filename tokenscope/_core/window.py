@@ -245,7 +245,10 @@ def hold_here(holder: object) -> Window | None:
 _CALL = Window.call.__code__
 #: What runs in these was begun by the interpreter, at a moment of its own, or must be whole.
 _TENDER_FUNCTIONS = frozenset({"__del__", "__enter__", "__exit__"})
-_TENDER_MODULES = ("importlib._bootstrap", "tokenscope._core.")
+_TENDER_MODULES = frozenset(
+    {"importlib._bootstrap", "importlib._bootstrap_external", "logging", "queue", "threading", "weakref"}
+)
+_TENDER_PACKAGES = ("logging.", "tokenscope._core.")
 _TRANSPARENT = "tokenscope._core.current"  # `bind` and the like, through which users' functions are called
 _OURS = "tokenscope."
 _LEAVING = frozenset({"__exit__", "let_go", "_let_go"})
@@ -254,8 +257,9 @@ _LEAVING = frozenset({"__exit__", "let_go", "_let_go"})
 def is_safe(frame: FrameType | None) -> bool:
     """Whether an exception may be raised in this frame of a window's thread: nothing of what it stands in is tender.
 
-    A finalizer's exceptions are lost, half a ``with`` is none, and a module that is half imported is thrown away. In
-    the library's own code there is no need: what blocks there, listens.
+    A finalizer's exceptions are lost, half a ``with`` is none, a module that is half imported is thrown away, and a
+    lock that everybody logs under must be given back. In the library's own code there is no need: what blocks there,
+    listens.
     """
     if frame is None or _module(frame).startswith(_OURS):
         return False
@@ -275,7 +279,7 @@ def _left_place() -> FrameType | None:
 
 
 def _is_tender(module: str) -> bool:
-    return module.startswith(_TENDER_MODULES) and module != _TRANSPARENT
+    return module in _TENDER_MODULES or (module.startswith(_TENDER_PACKAGES) and module != _TRANSPARENT)
 
 
 def _module(frame: FrameType) -> str:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).parent / "matrix.toml"
 
+#: Kinds of peers whose story needs no app: it is told to their drivers directly.
+ALONE = {"database", "service"}
+
 #: A version that is not pinned.
 LATEST = "latest"
 
@@ -87,7 +90,7 @@ class Matrix:
 
     def _requirements(self, peer: Peer, versions: Mapping[str, str]) -> dict[str, str]:
         """A server's cell also holds the client in its latest version, and the other way round."""
-        if peer.kind == "database":
+        if peer.kind in ALONE:
             return dict(versions)
         other = self.client if peer.kind == "server" else self.server
         return {
@@ -120,8 +123,8 @@ def load(path: Path = FILE) -> Matrix:
 
 
 def _peer(row: dict[str, Any]) -> Peer:
-    if row["kind"] not in {"server", "client", "database"}:
-        raise ValueError(f"{row['name']}: a peer is a server, a client or a database, not a {row['kind']}")
+    if row["kind"] not in {"server", "client", *ALONE}:
+        raise ValueError(f"{row['name']}: a peer is a server, a client, a database or a service, not a {row['kind']}")
     return Peer(
         name=row["name"],
         kind=row["kind"],

@@ -85,12 +85,12 @@ class Story:
     @step("cut", "every way to block in the driver is cut, and the driver's error is the cause")
     def cut(self) -> float:
         self._seen = [self._cut(name) for name in self._peer.CALLS for _ in range(ROUNDS)]
-        return _prompt(statistics.median(woken for woken, _idle in self._seen))
+        return prompt(statistics.median(woken for woken, _idle in self._seen))
 
     @step("server", "the server has stopped working on it")
     def idle(self) -> float:
         assert self._seen, "nothing was cut"
-        return _prompt(statistics.median(idle for _woken, idle in self._seen))
+        return prompt(statistics.median(idle for _woken, idle in self._seen))
 
     @step("rolled back", "what was written before is not there, and nobody can commit it any more")
     def rolled_back(self) -> None:
@@ -117,7 +117,7 @@ class Story:
                 with tokenscope.fail_after(0.1):
                     self._peer.CALLS["execute"](connection)
             except tokenscope.DeadlineExceeded:
-                return _prompt(time.monotonic() - began - 0.1)
+                return prompt(time.monotonic() - began - 0.1)
         raise AssertionError("the query ended before its deadline")
 
     @step("commit", "a cancel that comes between COMMIT and its answer changes nothing")
@@ -172,14 +172,7 @@ class Story:
 
     @step("nothing left", "no connection is left at the server, and no thread")
     def nothing_left(self) -> None:
-        end = time.monotonic() + PATIENCE
-        while left := self.server.connections() + [
-            thread.name
-            for thread in threading.enumerate()
-            if thread is not threading.current_thread() and not thread.name.startswith("tokenscope-")
-        ]:
-            assert time.monotonic() < end, f"left behind: {left}"
-            time.sleep(0.02)
+        nothing_left(self.server.connections)
 
     def _cut(self, name: str) -> tuple[float, float]:
         """Cut one call; seconds until it was woken, and until the server was seen to be idle."""
@@ -192,22 +185,40 @@ class Story:
             return request.ended - at, idle - at
 
     def _was_cancelled(self, request: Request, name: str = "") -> None:
-        error = request.error
-        assert isinstance(error, tokenscope.Cancelled), f"{name} ended with {error!r}"
-        assert error.reason is request.token.reason
-        cause = error.__cause__ or error.__context__
-        assert isinstance(cause, (self._peer.Error, tokenscope.Cancelled)) or cause is None, f"{name}: {cause!r}"
+        was_cancelled(request, self._peer.Error, name)
 
 
-def _prompt(seconds: float) -> float:
+def was_cancelled(request: Request, causes: Any, name: str = "") -> None:
+    """It ended because of its token, and whatever the driver said of that is told as the cause."""
+    error = request.error
+    assert isinstance(error, tokenscope.Cancelled), f"{name} ended with {error!r}"
+    assert error.reason is request.token.reason
+    cause = error.__cause__ or error.__context__
+    assert isinstance(cause, (causes, tokenscope.Cancelled)) or cause is None, f"{name}: {cause!r}"
+
+
+def nothing_left(connections: Callable[[], list[str]], before: frozenset[threading.Thread] = frozenset()) -> None:
+    """Wait until there are no connections at the server, and no threads but the library's parked ones."""
+    end = time.monotonic() + PATIENCE
+    while left := connections() + [
+        thread.name
+        for thread in set(threading.enumerate()) - before - {threading.current_thread()}
+        if not thread.name.startswith("tokenscope-")
+    ]:
+        assert time.monotonic() < end, f"left behind: {left}"
+        time.sleep(0.02)
+
+
+def prompt(seconds: float) -> float:
+    """Return the seconds, if they are few enough to have been "at once"."""
     assert seconds < PROMPT, f"it took {seconds:.1f} s"
     return seconds
 
 
-def tell(story: Story, limits: Mapping[str, str]) -> list[dict[str, Any]]:
+def tell(steps: Steps, story: object, limits: Mapping[str, str]) -> list[dict[str, Any]]:
     """Tell the whole story; a record for each step. `limits`: why some steps cannot be told to this peer."""
     records = []
-    for told in STEPS:
+    for told in steps:
         record: dict[str, Any] = {"step": told.name}
         if told.name in limits:
             record |= {"status": "not applicable", "reason": limits[told.name]}
@@ -217,7 +228,7 @@ def tell(story: Story, limits: Mapping[str, str]) -> list[dict[str, Any]]:
     return records
 
 
-def _try(told: Step, story: Story) -> dict[str, Any]:
+def _try(told: Step, story: object) -> dict[str, Any]:
     try:
         seconds = told.tell(story)
     except Exception as error:
@@ -226,16 +237,16 @@ def _try(told: Step, story: Story) -> dict[str, Any]:
     return {"status": "pass"} if seconds is None else {"status": "pass", "seconds": round(seconds, 6)}
 
 
-def main(todo: str, done: str) -> None:
-    """Read what to do from one file, write what was seen into another."""
+def perform(steps: Steps, story: type, todo: str, done: str) -> None:
+    """Read what to do from one file, tell the story to that driver, write what was seen into another file."""
     task = json.loads(Path(todo).read_text())
-    story = Story(importlib.import_module(f"compat.peers.{task['driver'][0]}"))
+    told = story(importlib.import_module(f"compat.peers.{task['driver'][0]}"))
     try:
-        records = tell(story, task["limits"])
+        records = tell(steps, told, task["limits"])
     finally:
-        story.server.close()
+        told.server.close()
     Path(done).write_text(json.dumps({"steps": records, "ran": versions()}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    perform(STEPS, Story, *sys.argv[1:])

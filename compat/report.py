@@ -32,6 +32,15 @@ _COLUMNS = {
     "server": _EXCHANGE,
     "client": _EXCHANGE,
     "database": {"cut": "woken", "server": "server idle", "deadline": "after deadline", "deaf server": "deaf server"},
+    "service": {"cut": "woken", "server": "service let go", "deadline": "after deadline"},
+}
+
+_TITLES = {"server": "Servers", "client": "Clients", "database": "Databases", "service": "Services"}
+
+_STORIES = {
+    "server": "The story",
+    "database": "The story of a database driver",
+    "service": "The story of a service's client",
 }
 
 _HEAD = """\
@@ -85,7 +94,7 @@ def page(matrix: Matrix, records: Sequence[Record]) -> str:
 
 def _tables(matrix: Matrix, records: Sequence[Record]) -> Iterator[str]:
     cells = {cell.key: cell for cell in matrix.cells}
-    for kind, title in (("server", "Servers"), ("client", "Clients"), ("database", "Databases")):
+    for kind, title in _TITLES.items():
         columns = _COLUMNS[kind]
         rows = [
             _row(cells[record["cell"]], record, columns)
@@ -151,7 +160,7 @@ def _limits(matrix: Matrix) -> Iterator[str]:
 def _story() -> str:
     return "\n".join(
         f"## {title}\n\n" + "\n".join(f"{step.number}. *{step.name}*: {step.claim}." for step in STEPS[kind]) + "\n"
-        for kind, title in (("server", "The story"), ("database", "The story of a database driver"))
+        for kind, title in _STORIES.items()
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compat import environments
 from compat.environments import Broken, Missing, Refused
+from compat.matrix import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +34,12 @@ DISTRIBUTION = "tokenscope-threads"
 
 
 #: The module that tells the story of each kind of peer.
-STORIES = {"server": "compat.scenario", "client": "compat.scenario", "database": "compat.query"}
+STORIES = {
+    "server": "compat.scenario",
+    "client": "compat.scenario",
+    "database": "compat.query",
+    "service": "compat.service",
+}
 
 
 def _answers(service: str) -> bool:
@@ -106,7 +112,7 @@ class Bench:
     def _task(self, cell: Cell) -> Record:
         """What a story has to know."""
         limits = {limit.step: limit.reason for limit in cell.peer.limits}
-        if cell.peer.kind == "database":
+        if cell.peer.kind in ALONE:
             return {"driver": cell.peer.driver, "limits": limits}
         server, client = self._matrix.played(cell)
         return {"server": server.driver, "client": client.driver[0], "limits": limits}

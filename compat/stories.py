@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compat import query, scenario
+from compat import query, scenario, service
 
 if TYPE_CHECKING:
     from compat.scenario import Step
@@ -14,4 +14,5 @@ STEPS: dict[str, list[Step]] = {
     "server": scenario.STEPS,
     "client": scenario.STEPS,
     "database": query.STEPS,
+    "service": service.STEPS,
 }

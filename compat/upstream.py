@@ -2,7 +2,10 @@
 
 /answer          the number of the connection that asked
 /gate            the same, once the gate is open
-anything else    silence: /fetch before the head, /urllib3 within a body, /stream after the first chunk
+anything else    silence: /fetch before the head, /urllib3 within a body, /stream after the first chunk, /events after
+                 the first event of a model's answer
+
+What follows in the path is the client's own affair: SDKs append their `/chat/completions` to what they are told.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 if TYPE_CHECKING:
     import ssl
@@ -24,11 +27,20 @@ if TYPE_CHECKING:
 
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
+# One event that the SDKs of OpenAI and of Anthropic both take for the first word of an answer.
+_EVENT = (
+    b"event: content_block_delta\n"
+    b'data: {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "first"},'
+    b' "id": "1", "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": "first"}}]}\n\n'
+)
+
 # What is sent before the silence.
 _PRELUDE = {
     "/fetch": b"",
     "/urllib3": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nthe first half",
     "/stream": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n",
+    "/events": b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n"
+    % (len(_EVENT), _EVENT),
 }
 
 
@@ -78,18 +90,19 @@ class Upstream:
 
     def _answer(self, sock: socket.socket, number: int, target: str) -> None:
         split = urlsplit(target)
+        page = "/" + split.path.split("/")[1]
         asked = dict(parse_qsl(split.query))
 
         def note(what: str) -> None:
             self._tell(Note(what, asked.get("visit", ""), asked.get("call", ""), number, time.monotonic()))
 
-        if split.path in _PRELUDE:
-            sock.sendall(_PRELUDE[split.path])
+        if page in _PRELUDE:
+            sock.sendall(_PRELUDE[page])
             note("reached")
             _wait_until_gone(sock)
             note("left")
             raise ConnectionError
-        if split.path == "/gate":
+        if page == "/gate":
             note("reached")
             self.gate.wait(60)
         body = str(number).encode()
@@ -123,11 +136,15 @@ class Notes:
 
 
 def _read_target(stream: BinaryIO) -> str:
-    """Return what the next request asks for; nothing at the end."""
-    first, line = stream.readline(), b"-"
+    """Read the next request, and return what it asks for; nothing at the end. An S3 key may hide a query."""
+    first, line, length = stream.readline(), b"-", 0
     while line.strip():
         line = stream.readline()
-    return first.decode("latin-1").split(" ")[1] if first.strip() else ""
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            length = int(value)
+    stream.read(length)
+    return unquote(first.decode("latin-1").split(" ")[1]) if first.strip() else ""
 
 
 def _wait_until_gone(sock: socket.socket) -> None:

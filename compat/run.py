@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -13,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compat import environments
-from compat.environments import Broken, Missing, Refused
+from compat.environments import Broken, Environment, Missing, Refused
 from compat.matrix import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from compat.environments import Environment
     from compat.matrix import Cell, Matrix
 
     Record = dict[str, Any]
@@ -72,13 +72,20 @@ class Bench:
         self._wheel = environments.build_wheel(self._folder / "wheel")
         # Told from a copy, beside which there is no `tokenscope` that could be imported by mistake.
         shutil.copytree(HERE, self._folder / "compat", ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        for number, environment in enumerate(environments.shared(cells)):
-            yield from self._run_together(environment, self._folder / f"environment-{number}")
+        self._folders = (self._folder / f"environment-{number}" for number in itertools.count())
+        for environment in environments.shared(cells):
+            yield from self._run_together(environment)
 
-    def _run_together(self, environment: Environment, folder: Path) -> Iterator[Record]:
+    def _run_together(self, environment: Environment) -> Iterator[Record]:
+        folder = next(self._folders)
         wanted = " ".join(f"{package}={version}" for package, version in environment.requirements.items())
         self._progress(f"Python {environment.python}: {wanted}")
         outcome, interpreter = self._make(environment, folder)
+        if outcome.get("status") == "not applicable" and len(environment.cells) > 1:
+            self._progress("these exclude each other: each cell alone")
+            for cell in environment.cells:
+                yield from self._run_together(Environment(cell.python, dict(cell.requirements), [cell]))
+            return
         for cell in environment.cells:
             record = outcome or self._tell(cell, interpreter, folder)
             yield _recorded(cell, record)

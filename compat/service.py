@@ -89,7 +89,7 @@ class Story:
         with self.server.client() as client:
             for number in range(TURNS):
                 request = Request(functools.partial(self._peer.brief, client))
-                time.sleep(chance.random() * 0.006)
+                time.sleep(chance.random() * 0.015)  # a call takes 3 ms, and more if it has to connect first
                 request.cancel()
                 if request.error is not None:
                     was_cancelled(request, self._peer.Error)

@@ -172,6 +172,22 @@ def test_a_manager_that_connects_in_a_way_of_its_own_is_left_alone(caplog):
     assert [("OwnManager" in line, "OwnPool" in line) for line in caplog.messages] == [(True, True)]
 
 
+def test_a_pool_that_is_none_of_urllib3s_is_left_alone(caplog):
+    """A class that only behaves like a pool works on, and the log says once that no cancel reaches it."""
+
+    class Lookalike:
+        def __init__(self, host, port, **_options):
+            self.address = host, port
+
+    tokenscope.instrument()
+    manager = urllib3.PoolManager()
+    manager.pool_classes_by_scheme = {"http": Lookalike}
+    with caplog.at_level(logging.WARNING, "tokenscope"), use_token(CancellationToken()):
+        for _ in range(2):
+            assert manager.connection_from_url("http://host:1").address == ("host", 1)
+    assert ["Lookalike" in line for line in caplog.messages] == [True]
+
+
 def test_what_somebody_else_patched_since_stays_and_is_told(caplog):
     """Refused in the report and in the log; theirs stays, ours below it is off."""
     tokenscope.instrument()

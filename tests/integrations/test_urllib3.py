@@ -6,6 +6,7 @@ import pickle
 import queue
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,35 @@ def test_proxy_manager_is_cancellable():
         token.cancel("stop")
         assert isinstance(attempt.failure(), Cancelled)
         assert proxy.closed.wait(5)
+
+
+@pytest.fixture
+def pyopenssl():
+    """urllib3 with pyOpenSSL below it, as old applications have it."""
+    from urllib3.contrib import pyopenssl
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pyopenssl.inject_into_urllib3()
+    yield
+    pyopenssl.extract_from_urllib3()
+
+
+@pytest.mark.usefixtures("pyopenssl")
+@pytest.mark.parametrize("body", [b"", b"x" * 200_000], ids=["bodyless", "upload"])
+def test_pyopenssl_answers_and_is_cut_as_the_standard_librarys_tls(certificates, body):
+    """Its sockets, which are none of the standard library's, are guarded as well."""
+    ca = certificates.ca_file
+    with Peer(play.answers(b"hello"), tls=certificates) as peer, PoolManager(ca_certs=ca) as manager:
+        with use_token(CancellationToken()):
+            assert manager.request("POST", peer.url(), body=body).data == b"hello"
+    with Peer(play.hangs_in_body("chunked"), tls=certificates) as peer, PoolManager(ca_certs=ca) as manager:
+        token = CancellationToken()
+        attempt = Attempt(lambda: manager.request("POST", peer.url(), body=body), token)
+        assert peer.reached.wait(5)
+        token.cancel("stop")
+        assert isinstance(attempt.failure(), Cancelled)
+        assert peer.closed.wait(5)
 
 
 def test_pool_timeout_still_counts():

@@ -29,7 +29,7 @@ Pools = RecentlyUsedContainer[Any, Any]
 
 _room = _primitives.Room()
 _beside: weakref.WeakKeyDictionary[urllib3.PoolManager, Pools] = weakref.WeakKeyDictionary()  # changed under the lock
-_left_alone: set[str] = set()  # kinds of managers that cannot be guarded, told once each
+_left_alone: set[tuple[str, str]] = set()  # kinds of managers that cannot be guarded, and why; told once each
 
 
 def _connection_from_pool_key(around: Any) -> Callable[..., Any]:
@@ -74,8 +74,8 @@ def _pools_beside_locked(manager: urllib3.PoolManager) -> Pools:
 
 
 def _tell_once(kind: str, why: str) -> None:
-    if kind not in _left_alone:
-        _left_alone.add(kind)
+    if (kind, why) not in _left_alone:
+        _left_alone.add((kind, why))
         events.emit(events.FallbackUsed(f"cancellable pools of urllib3's {kind}", why))
 
 

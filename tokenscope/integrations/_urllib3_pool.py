@@ -145,7 +145,9 @@ def _guarded_class(pool: type[Any]) -> type[Any]:
 
 
 def _guarded_connection(pool: type[Any]) -> type[Any]:
-    plain = pool.ConnectionCls
+    plain = getattr(pool, "ConnectionCls", None)
+    if plain is None:
+        raise TokenScopeError(f"{pool.__name__} does not say what it connects with: it is no pool of urllib3's own")
     if plain._new_conn is not connection.HTTPConnection._new_conn:  # noqa: SLF001 - one of the hooks
         raise TokenScopeError(
             f"{pool.__name__} connects in a way of its own ({plain.__name__}), where a cancel could not"

@@ -4,7 +4,7 @@ guarded:      what is guarded of httpx (connect to the last byte of a stream), t
 interrupted:  the canceller shuts the socket down, or wakes the pause; the owner looks at its token and raises
 not:          AsyncAnthropic (refused), websockets (realtime), HTTP/2
 versions:     anthropic >=0.125,<3, on httpx or httpx2; its hooks are checked when this is imported
-compat:       tests/integrations/test_anthropic.py
+compat:       anthropic-0.125.0, anthropic-1.0.0, anthropic-latest, tests/integrations/test_anthropic.py
 """
 
 from __future__ import annotations

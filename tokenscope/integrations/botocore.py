@@ -5,7 +5,7 @@ guarded:      name look-up, connect, proxy CONNECT, TLS handshake, upload, heade
 interrupted:  as for urllib3, and the pauses wait on the token; a transfer's threads work under the token of its caller
 not:          waiters' pauses, credentials from other clients, CRT transfers, a `TransferManager` of your own
 versions:     botocore >=1.31,<2 (boto3 >=1.28,<2); its hooks are checked when this is imported
-compat:       tests/integrations/test_botocore.py
+compat:       botocore-1.31.0, botocore-latest, tests/integrations/test_botocore.py
 """
 
 from __future__ import annotations

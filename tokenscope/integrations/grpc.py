@@ -6,7 +6,7 @@ interrupted:  the call is cancelled; the server is told, and its handler's conte
 not:          `grpc.channel_ready_future`; what a request iterator is blocked in, unless that listens to the token;
     `grpc.aio` is refused
 versions:     grpcio >=1.60,<2
-compat:       tests/integrations/test_grpc.py
+compat:       grpcio-1.60.0, grpcio-latest, tests/integrations/test_grpc.py
 """
 
 from __future__ import annotations

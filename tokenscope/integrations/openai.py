@@ -4,7 +4,7 @@ guarded:      what is guarded of httpx (connect to the last byte of a stream), t
 interrupted:  the canceller shuts the socket down, or wakes the pause; the owner looks at its token and raises
 not:          AsyncOpenAI (refused), websockets (realtime), HTTP/2
 versions:     openai >=1.109,<4, on httpx or httpx2; its hooks are checked when this is imported
-compat:       tests/integrations/test_openai.py
+compat:       openai-1.109.1, openai-2.0.0, openai-latest, tests/integrations/test_openai.py
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ interrupted:  the socket is shut down and the connection closed (its pool makes 
 not:          what the server has begun; ``watch_delay`` of `transaction`; OCSP; what sentinels are asked;
     `RedisCluster`, client-side caching and `redis.asyncio` are refused
 versions:     redis >=5.0.1,<9; its hooks are checked when this is imported
-compat:       tests/integrations/test_redis.py
+compat:       redis-5.0.1, redis-latest, tests/integrations/test_redis.py
 """
 
 from __future__ import annotations

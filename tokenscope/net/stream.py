@@ -26,6 +26,11 @@ _RECEIVES = frozenset({"recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into", "
 _SENDS = frozenset({"sendmsg", "sendfile", "write"})
 
 
+def _given(flags: int) -> tuple[int, ...]:
+    """The flags, if there are any: the sockets of urllib3's pyOpenSSL know no such argument."""
+    return (flags,) if flags else ()
+
+
 class _Guard(Protocol):
     """What a guarded socket needs of a `Guard` or a `SharedGuard`."""
 
@@ -81,20 +86,20 @@ class GuardedSocket:
 
     def sendall(self, data: Buffer, flags: int = 0) -> None:
         """Send everything, or raise what the token says."""
-        self._guard.upload(self._sock.sendall, data, flags)
+        self._guard.upload(self._sock.sendall, data, *_given(flags))
 
     def send(self, data: Buffer, flags: int = 0) -> int:
         """Send something, or raise what the token says."""
-        return int(self._guard.upload(self._sock.send, data, flags))
+        return int(self._guard.upload(self._sock.send, data, *_given(flags)))
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Receive, or raise what the token says."""
-        received: bytes = self._guard.call(self._sock.recv, size, flags)
+        received: bytes = self._guard.call(self._sock.recv, size, *_given(flags))
         return received
 
     def recv_into(self, buffer: Buffer, size: int = 0, flags: int = 0) -> int:
         """Receive into ``buffer``, or raise what the token says."""
-        return int(self._guard.call(self._sock.recv_into, buffer, size, flags))
+        return int(self._guard.call(self._sock.recv_into, buffer, size, *_given(flags)))
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, *, server_hostname: str | None = None, server_side: bool = False

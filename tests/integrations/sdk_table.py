@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import random
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from httpx_phases import PHASES, Bench
 from peers import Attempt, blocked_in, wait_until
 from peers.models import Model
 
@@ -17,8 +20,23 @@ from tokenscope.integrations._sdk import Vendor as Probed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from peers import Authority
+
 WAIT = 10.0
 ASK = {"model": "peer", "messages": [{"role": "user", "content": "?"}], "max_tokens": 9}
+
+
+#: The phases of a call that is not streamed, each with a transport that it exists on.
+CALL_PHASES = [
+    (name, transport)
+    for name, (_phase, transports) in PHASES.items()
+    for transport in transports
+    if not name.startswith(("stream-", "raw-", "sse-", "drip-", "upload-chunked"))
+]
+
+CANCELS = 480  # in the leak run, spread over ...
+WORKERS = 8
+LATEST_MS = 40  # a cancel comes so late at most
 
 
 @dataclass(frozen=True)
@@ -40,12 +58,54 @@ class Vendor:
     def make(self, model: Model, **settings: Any) -> Any:
         return self.cancellable(self.plain(model, **settings))
 
-    def ask(self, client: Any) -> str:
-        return self.text(self.calls(client).create(**ASK))
+    def ask(self, client: Any, **options: Any) -> str:
+        return self.text(self.calls(client).create(**ASK, **options))
 
-    def words(self, client: Any) -> list[str]:
-        with self.calls(client).create(**ASK, stream=True) as stream:
+    def words(self, client: Any, **options: Any) -> list[str]:
+        with self.calls(client).create(**ASK, stream=True, **options) as stream:
             return [word for event in stream if (word := self.word(event))]
+
+    def bench(self, authority: Authority | None = None) -> SDKBench:
+        """A bench on the fork of httpx that this SDK is made for."""
+        fork = self.sdk.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]
+        ours = importlib.import_module(f"tokenscope.integrations.{fork}")
+        return SDKBench(importlib.import_module(fork), ours, authority, None, vendor=self)
+
+
+@dataclass
+class SDKBench(Bench):
+    """A bench of httpx's phases whose calls are made through an SDK."""
+
+    vendor: Any = None
+
+    def http_client(self, **options: Any) -> Any:
+        """A client of ours below an SDK."""
+        return super().client(**options)
+
+    def client(self, **options: Any) -> Any:
+        http_client = self.http_client(**options)
+        made = self.vendor.cancellable(self.vendor.client(api_key="key", http_client=http_client))
+        return SDKCalls(self.exits.enter_context(made), http_client, self.library.Response)
+
+
+@dataclass
+class SDKCalls:
+    """What the phases call, as the SDK's own calls with an address."""
+
+    sdk_client: Any
+    http_client: Any
+    response: Any
+
+    def get(self, url: str) -> Any:
+        return self.sdk_client.get(url, cast_to=self.response)
+
+    def request(self, method: str, url: str, **options: Any) -> Any:
+        if method == "GET":
+            return self.get(url)
+        return self.sdk_client.post(url, cast_to=self.response, body={"content": options["content"].decode()})
+
+    def stream(self, method: str, url: str) -> Any:
+        return self.http_client.stream(method, url)
 
 
 class SDKTests:
@@ -81,6 +141,73 @@ class SDKTests:
         assert failure.reason is token.reason
         assert model.requests == 1
         assert model.billed == billed == (3 if stream else 0)
+
+    @pytest.mark.parametrize(("name", "transport"), CALL_PHASES)
+    def test_a_cancel_ends_this_phase(self, certificates, name, transport):
+        """As of httpx: the reason comes out, the transport's error is the cause, nothing is sent again."""
+        token = CancellationToken()
+        bench = self.vendor.bench(certificates if transport == "tls" else None)
+        with bench.exits, PHASES[name][0](bench) as stage:
+            attempt = Attempt(stage.call, token)
+            stage.reached(attempt)
+            token.cancel("the tab was closed")
+            failure = attempt.failure()
+            assert isinstance(failure, Cancelled)
+            assert failure.reason is token.reason
+            if stage.peer is not None:
+                if stage.sees_close:
+                    assert stage.peer.closed.wait(WAIT)
+                assert stage.peer.requests == stage.requests
+
+    @pytest.mark.timeout(120)
+    @pytest.mark.parametrize("transport", ["tcp", "tls"])
+    def test_random_cancels_harm_no_innocent_and_leak_nothing(self, certificates, transport):
+        """No third outcome, no wrong answer, no harm to others; the leak fixture finds nothing left."""
+        authority = certificates if transport == "tls" else None
+        bench = self.vendor.bench(authority)
+        with Model(tls=authority) as model, bench.exits:
+            client = bench.exits.enter_context(self.vendor.make(model, http_client=bench.http_client()))
+            stop = threading.Event()
+            innocents = [Attempt(lambda: self._ask_until(stop, client)) for _ in range(3)]
+            workers = [Attempt(lambda seed=seed: self._many_cancels(seed, client)) for seed in range(WORKERS)]
+            try:
+                outcomes = [outcome for worker in workers for outcome in worker.value(100)]
+            finally:
+                stop.set()
+            assert all(innocent.value(WAIT) > 0 for innocent in innocents)
+        assert len(outcomes) == CANCELS
+        assert set(outcomes) <= {"cancelled", "answered"}
+        assert outcomes.count("cancelled") > CANCELS // 2
+
+    def _ask_until(self, stop: threading.Event, client: Any) -> int:
+        asked = 0
+        while not stop.is_set():
+            assert self.vendor.ask(client) == "one two three"
+            assert self.vendor.words(client) == ["one", " two", " three"]
+            asked += 1
+        return asked
+
+    def _many_cancels(self, seed: int, client: Any) -> list[str]:
+        dice = random.Random(seed)
+        return [self._one_cancel(dice, client) for _ in range(CANCELS // WORKERS)]
+
+    def _one_cancel(self, dice: random.Random, client: Any) -> str:
+        """Ask in a random way, of a model in a random mood, and cancel at a random moment."""
+        token = CancellationToken()
+        play = dice.choice(["answer", "stall", "stall", "503 30", "drop"])
+        ask = dice.choice([self.vendor.ask, self.vendor.words])
+        timer = threading.Timer(dice.random() * LATEST_MS / 1000, token.cancel, ["random"])
+        timer.start()
+        try:
+            with use_token(token):
+                answer = ask(client, extra_headers={"X-Play": play})
+        except Cancelled as error:
+            return "cancelled" if error.reason is token.reason else "cancelled for another reason"
+        finally:
+            timer.cancel()
+            timer.join()
+        assert play == "answer"
+        return "answered" if "".join(answer) == "one two three" else f"half answered: {answer}"
 
     @pytest.mark.parametrize("play", ["429 30", "503 30"])
     def test_a_cancel_wakes_the_pause_before_a_retry(self, model, play):

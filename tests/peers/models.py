@@ -11,6 +11,7 @@ from peers.server import Peer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from peers.certs import Authority
     from peers.server import Exchange
 
 _SSE = {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}
@@ -18,7 +19,7 @@ _JSON = {"Content-Type": "application/json"}
 
 
 class Model(Peer):
-    """A server that answers each request as was asked of it by `play`, and plainly when nothing is left of that.
+    """A server that answers each request as its ``X-Play`` says, as `play` asked of it, and plainly without either.
 
     - ``"answer"``: three words
     - ``"stall"``: reads the request and falls silent; in a stream, after the three words
@@ -30,8 +31,8 @@ class Model(Peer):
         headers: Those of each request.
     """
 
-    def __init__(self) -> None:
-        super().__init__(self._answer)
+    def __init__(self, tls: Authority | None = None) -> None:
+        super().__init__(self._answer, tls=tls)
         self.billed = 0
         self.headers: list[dict[str, str]] = []
         self._plays: deque[str] = deque()
@@ -44,7 +45,7 @@ class Model(Peer):
         request = exchange.read_request()
         order = json.loads(request.body)
         self.headers.append(request.headers)
-        play = self._plays.popleft() if self._plays else "answer"
+        play = request.headers.get("x-play") or (self._plays.popleft() if self._plays else "answer")
         wire = _WIRES[request.target.partition("?")[0]]
         if play == "drop":
             exchange.sock.close()

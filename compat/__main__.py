@@ -77,7 +77,7 @@ def _select(matrix: Matrix, options: argparse.Namespace) -> list[Cell]:
         for cell in matrix.cells
         if (not options.only or any(cell.answers_to(name) for name in options.only))
         and (not pythons or cell.python in pythons)
-        and not (options.quick and cell.peer.needs)
+        and (cell.peer.quick or not options.quick)
     ]
 
 

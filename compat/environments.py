@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +102,19 @@ def make(environment: Environment, wheel: Path, folder: Path) -> Path:
     except Refused as why:
         raise Broken(f"the wheel does not go with {', '.join(wanted)}: {why}") from None
     return interpreter
+
+
+def fetch_sources(package: str, version: str, folder: Path) -> Path:
+    """Download the source distribution of a package, unpack it, and return where.
+
+    Raises:
+        Missing: The package index has none, or cannot be reached.
+    """
+    _pip("download", "--no-deps", "--no-binary", package, "--dest", str(folder), f"{package}=={version}")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    return archive.with_suffix("").with_suffix("")
 
 
 def find_python(minor: str) -> Path:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 FILE = Path(__file__).parent / "matrix.toml"
 
 #: Kinds of peers whose story needs no app: it is told to their drivers directly.
-ALONE = {"database", "service"}
+ALONE = {"database", "service", "suite"}
 
 #: A version that is not pinned.
 LATEST = "latest"
@@ -26,6 +26,14 @@ class Limit:
     step: str
     reason: str
     link: str
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Tests of somebody else's that fail with tokenscope in between, and why that is right."""
+
+    tests: tuple[str, ...]
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,13 @@ class Peer:
     limits: tuple[Limit, ...] = ()
     needs: tuple[str, ...] = ()
     service: str = ""
+    beside: tuple[str, ...] = ()
+    deviations: tuple[Deviation, ...] = ()
+
+    @property
+    def quick(self) -> bool:
+        """Whether its cells are for every day: pip can install all of it, and it takes seconds."""
+        return not self.needs and self.kind != "suite"
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -91,7 +106,7 @@ class Matrix:
     def _requirements(self, peer: Peer, versions: Mapping[str, str]) -> dict[str, str]:
         """A server's cell also holds the client in its latest version, and the other way round."""
         if peer.kind in ALONE:
-            return dict(versions)
+            return {**versions, **dict.fromkeys(peer.beside, LATEST)}
         other = self.client if peer.kind == "server" else self.server
         return {
             **dict.fromkeys(self.packages, LATEST),
@@ -123,8 +138,9 @@ def load(path: Path = FILE) -> Matrix:
 
 
 def _peer(row: dict[str, Any]) -> Peer:
-    if row["kind"] not in {"server", "client", *ALONE}:
-        raise ValueError(f"{row['name']}: a peer is a server, a client, a database or a service, not a {row['kind']}")
+    kinds = {"server", "client", *ALONE}
+    if row["kind"] not in kinds:
+        raise ValueError(f"{row['name']}: a peer's kind is one of {', '.join(sorted(kinds))}, not {row['kind']}")
     return Peer(
         name=row["name"],
         kind=row["kind"],
@@ -133,4 +149,6 @@ def _peer(row: dict[str, Any]) -> Peer:
         limits=tuple(Limit(**limit) for limit in row.get("limit", ())),
         needs=tuple(row.get("needs", ())),
         service=row.get("service", ""),
+        beside=tuple(row.get("beside", ())),
+        deviations=tuple(Deviation(tuple(found["tests"]), found["reason"]) for found in row.get("deviation", ())),
     )

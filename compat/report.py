@@ -41,6 +41,7 @@ _STORIES = {
     "server": "The story",
     "database": "The story of a database driver",
     "service": "The story of a service's client",
+    "suite": "The story of a project's own tests",
 }
 
 _HEAD = """\
@@ -85,6 +86,7 @@ def page(matrix: Matrix, records: Sequence[Record]) -> str:
     parts = [
         _HEAD.format(tokenscope=", ".join(ran) or "(never)"),
         *_tables(matrix, records),
+        *_suites(matrix, records),
         *_unhappy(records),
         *_limits(matrix),
         _story(),
@@ -103,6 +105,46 @@ def _tables(matrix: Matrix, records: Sequence[Record]) -> Iterator[str]:
         ]
         yield f"## {title}\n"
         yield _table([kind, "Python", "result", *(f"{heading}, ms" for heading in columns.values()), "seen"], rows)
+
+
+def _suites(matrix: Matrix, records: Sequence[Record]) -> Iterator[str]:
+    """What other projects' own tests say, and where they say something else than before."""
+    cells = {cell.key: cell for cell in matrix.cells}
+    rows = [
+        _suite_row(cells[record["cell"]], record)
+        for record in records
+        if record["cell"] in cells and cells[record["cell"]].peer.kind == "suite"
+    ]
+    yield "## Upstream suites\n"
+    head = ["tests of", "Python", "result", "pass without tokenscope", "of these, with it", "deviations", "seen"]
+    yield _table(head, rows)
+    yield "Each deviation, and why it is right:\n"
+    yield (
+        "\n".join(
+            f"- {peer.driver[0]}, {', '.join(f'`{_function(test)}`' for test in found.tests)}: {found.reason}"
+            for peer in matrix.peers
+            for found in peer.deviations
+        )
+        + "\n"
+    )
+
+
+def _function(test: str) -> str:
+    return test.rpartition("::")[2]
+
+
+def _suite_row(cell: Cell, record: Record) -> list[str]:
+    steps = {step["step"]: step for step in record.get("steps", ())}
+    return [
+        _name(cell, record),
+        record.get("ran", {}).get("python", cell.python),
+        _STATUS[record["status"]],
+        *(
+            str(steps.get(step, {}).get(number, "-"))
+            for step, number in (("plain", "passed"), ("guarded", "passed"), ("guarded", "deviations"))
+        ),
+        f"{record['date']}, {record['platform']}",
+    ]
 
 
 def _row(cell: Cell, record: Record, columns: Mapping[str, str]) -> list[str]:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     Record = dict[str, Any]
 
-# Seconds for one telling of the story; it takes about three.
-_CELL_PATIENCE = 180
+# Seconds for one telling of the story; it takes about three, and that of a suite minutes.
+_CELL_PATIENCE = {"suite": 900}
+_USUAL_PATIENCE = 180
 
 HERE = Path(__file__).parent
 
@@ -39,6 +40,7 @@ STORIES = {
     "client": "compat.scenario",
     "database": "compat.query",
     "service": "compat.service",
+    "suite": "compat.suite",
 }
 
 
@@ -87,7 +89,7 @@ class Bench:
                 yield from self._run_together(Environment(cell.python, dict(cell.requirements), [cell]))
             return
         for cell in environment.cells:
-            record = outcome or self._tell(cell, interpreter, folder)
+            record = outcome or self._tell(cell, environment, interpreter, folder)
             yield _recorded(cell, record)
 
     def _make(self, environment: Environment, folder: Path) -> tuple[Record, Path]:
@@ -103,32 +105,40 @@ class Bench:
         except Broken as why:
             return {"status": "fail", "reason": str(why)}, folder
 
-    def _tell(self, cell: Cell, interpreter: Path, folder: Path) -> Record:
+    def _tell(self, cell: Cell, environment: Environment, interpreter: Path, folder: Path) -> Record:
         if absent := [program for program in cell.peer.needs if not shutil.which(program)]:
             return {"status": "missing", "reason": f"no {', '.join(absent)} on this machine"}
         if cell.peer.service and not _answers(cell.peer.service):
             return {"status": "missing", "reason": f"nobody listens on {cell.peer.service}"}
         todo, done = folder / "todo.json", folder / "done.json"
-        todo.write_text(json.dumps(self._task(cell)))
+        try:
+            todo.write_text(json.dumps(self._task(cell, environment, folder)))
+        except Missing as why:
+            return {"status": "missing", "reason": str(why)}
         done.unlink(missing_ok=True)
-        said = self._scenario(interpreter, STORIES[cell.peer.kind], todo, done)
+        said = self._scenario(interpreter, cell.peer.kind, todo, done)
         if not done.exists():
             return {"status": "fail", "reason": f"the story broke off: {said or 'without a word'}"}
         return _judged(cell, json.loads(done.read_text()), interpreter)
 
-    def _task(self, cell: Cell) -> Record:
+    def _task(self, cell: Cell, environment: Environment, folder: Path) -> Record:
         """What a story has to know."""
         limits = {limit.step: limit.reason for limit in cell.peer.limits}
+        if cell.peer.kind == "suite":
+            package = cell.peer.driver[0]
+            sources = environments.fetch_sources(package, environment.versions[package], folder / f"{package}-sources")
+            known = {test: found.reason for found in cell.peer.deviations for test in found.tests}
+            return {"driver": cell.peer.driver, "limits": limits, "sources": str(sources), "deviations": known}
         if cell.peer.kind in ALONE:
             return {"driver": cell.peer.driver, "limits": limits}
         server, client = self._matrix.played(cell)
         return {"server": server.driver, "client": client.driver[0], "limits": limits}
 
-    def _scenario(self, interpreter: Path, story: str, todo: Path, done: Path) -> str:
+    def _scenario(self, interpreter: Path, kind: str, todo: Path, done: Path) -> str:
         """Tell the story in a process of the environment; the last line that it said in its despair."""
         environ = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
         process = subprocess.Popen(
-            [interpreter, "-m", story, todo, done],
+            [interpreter, "-m", STORIES[kind], todo, done],
             cwd=self._folder,
             env={**environ, "PYTHONDONTWRITEBYTECODE": "1"},
             stdin=subprocess.DEVNULL,
@@ -136,12 +146,13 @@ class Bench:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        patience = _CELL_PATIENCE.get(kind, _USUAL_PATIENCE)
         try:
-            said, _ = process.communicate(timeout=_CELL_PATIENCE)
+            said, _ = process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
             process.terminate()  # it takes its server with it
             said, _ = process.communicate()
-            said += f"\nstill running after {_CELL_PATIENCE} s"
+            said += f"\nstill running after {patience} s"
         except BaseException:
             process.terminate()
             process.wait()

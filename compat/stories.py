@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compat import query, scenario, service
+from compat import query, scenario, service, suite
 
 if TYPE_CHECKING:
     from compat.scenario import Step
@@ -15,4 +15,5 @@ STEPS: dict[str, list[Step]] = {
     "client": scenario.STEPS,
     "database": query.STEPS,
     "service": service.STEPS,
+    "suite": suite.STEPS,
 }

@@ -58,6 +58,12 @@ class Request(threading.Thread):
             self.error = error
         self.ended = time.monotonic()
 
+    def answered(self, what: str) -> None:
+        """Wait for its end, which has to be a good one; `what` it was, for the complaint."""
+        self.join(PATIENCE)
+        assert not self.is_alive(), f"{what} is still blocked after {PATIENCE:g} s"
+        assert self.error is None, f"{what} got {self.error!r}"
+
     def cancel(self) -> float:
         """Cancel it, wait for its end, and return when it was cancelled."""
         at = time.monotonic()
@@ -130,8 +136,7 @@ class Story:
             request.token.cancel("too late")
             time.sleep(0.05)  # so that a cancel could arrive, if one were sent
             let_go()
-            request.join(PATIENCE)
-            assert request.error is None, f"the commit raised {request.error!r}"
+            request.answered("the commit")
         assert self.server.notes() == ["slow"], self.server.notes()
 
     @step("neighbour", "cancels at any moment never touch the next request on the connection")
@@ -151,8 +156,7 @@ class Story:
             else:
                 connection.rollback()
             innocent = Request(functools.partial(self.server.brief, connection))
-            innocent.join(PATIENCE)
-            assert innocent.error is None, f"turn {number}: an innocent request got {innocent.error!r}"
+            innocent.answered(f"the innocent request of turn {number}")
             connection.rollback()
         connection.close()
         assert 0 < cut < TURNS, f"{cut} of {TURNS} were cut: this says nothing"
